@@ -29,6 +29,7 @@ from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifacts/ and tensor_board/
+LESSON = Path(__file__).stem  # the name of this file without .py
 
 # Mean and standard deviation of the CIFAR-10 training pixels by channel (red, green, blue), on a scale from 0 to 1.
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
@@ -218,6 +219,34 @@ def report_epoch(writer, epoch, epochs, row):
     print(f"Epoch {epoch:2d}/{epochs} | {train} | {val} | lr {row['lr']:.6f} | {speed}")
 
 
+# NEW in 02: lesson 01's main loop in a function of its own, with validation
+def train(args, train_set, val_set, class_names):
+    """Train a new SimpleCNN as the command line says, and validate it after every epoch.
+
+    Returns the model and its history, a list with one dict of figures for each epoch. TensorBoard gets them too.
+    """
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)  # the network's first weights are drawn from these random numbers
+    shuffle = torch.Generator().manual_seed(args.seed)  # its own generator, so that nothing else changes the order
+    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle)
+    val_loader = DataLoader(val_set, batch_size=1000)  # no gradients to keep, so batches can be large
+    model = SimpleCNN(len(class_names)).to(args.device, memory_format=torch.channels_last)
+    loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+    run_dir = new_run_dir(args.output_dir / "tensor_board" / LESSON, args.data)
+    history = []
+    with SummaryWriter(run_dir) as writer:
+        writer.add_text("Hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
+        for epoch in range(1, args.epochs + 1):
+            history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device))
+            report_epoch(writer, epoch, args.epochs, history[-1])
+            for sign, first_epoch in find_overfitting(history).items():
+                if first_epoch == epoch:
+                    print(f"  Sign of overfitting: {sign}.")
+    return model, history
+
+
 def number(kind, low, high):
     """Return a function that lets argparse read an int or a float from low to high."""
 
@@ -257,43 +286,23 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)  # the network's first weights are drawn from these random numbers
-    images, labels, class_names, data_name = load_data(args.data, args.data_dir, train=True)
+    images, labels, class_names, args.data = load_data(
+        args.data, args.data_dir, train=True
+    )  # "auto" gets its real name
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
-    shuffle = torch.Generator().manual_seed(args.seed)  # its own generator, so that nothing else changes the order
-    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle)
-    val_loader = DataLoader(val_set, batch_size=1000)  # no gradients to keep, so batches can be large
-    model = SimpleCNN(len(class_names)).to(args.device, memory_format=torch.channels_last)
-    loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
-    parameters = sum(weights.numel() for weights in model.parameters())
+    parameters = sum(weights.numel() for weights in SimpleCNN(len(class_names)).parameters())
     sizes = f"{len(train_set):,} training and {len(val_set):,} validation images"
-    print(f"Device: {args.device} | data: {data_name}, {sizes} | parameters: {parameters:,}")
+    print(f"Device: {args.device} | data: {args.data}, {sizes} | parameters: {parameters:,}")
 
-    hyperparameters = {name: vars(args)[name] for name in ["epochs", "batch_size", "lr", "seed", "subset"]}
-    hyperparameters["data"] = data_name  # which data it really was
-    run_dir = new_run_dir(args.output_dir / "tensor_board" / Path(__file__).stem, data_name)
-    history = []
-    with SummaryWriter(run_dir) as writer:
-        writer.add_text("Hyperparameters", "  \n".join(f"{name}: {value}" for name, value in hyperparameters.items()))
-        for epoch in range(1, args.epochs + 1):
-            history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device))
-            report_epoch(writer, epoch, args.epochs, history[-1])
-            for sign, first_epoch in find_overfitting(history).items():
-                if first_epoch == epoch:
-                    print(f"  Sign of overfitting: {sign}.")
-
+    model, history = train(args, train_set, val_set, class_names)
     show_modes(model, val_set[:64][0], args.device)
     signs = find_overfitting(history)
-    if signs:
-        print(f"Verdict: overfitting since epoch {min(signs.values())}: from there on it learned by heart.")
-    else:
-        print(f"Verdict: no sign of overfitting in {args.epochs} epochs.")
+    for sign, epoch in signs.items():
+        print(f"Sign of overfitting from epoch {epoch} on: {sign}.")
+    print("Verdict: overfitting." if signs else f"Verdict: no sign of overfitting in {args.epochs} epochs.")
     best = max(history, key=lambda row: row["val_accuracy"])
-    print(f"Best validation accuracy on {data_name}: {best['val_accuracy']:.2f} % at epoch {history.index(best) + 1}.")
-    print(f'Done: the curves are in {run_dir}; see them with: tensorboard --logdir "{run_dir.parent}"')
+    print(f"Best validation accuracy on {args.data}: {best['val_accuracy']:.2f} % in epoch {history.index(best) + 1}.")
+    print(f'Done. To see the curves: tensorboard --logdir "{args.output_dir / "tensor_board" / LESSON}"')
 
 
 if __name__ == "__main__":
