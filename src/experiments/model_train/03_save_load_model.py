@@ -49,6 +49,10 @@ MIRRORS = [
 # NEW in 03: the settings that a checkpoint remembers
 HYPERPARAMETERS = ["epochs", "batch_size", "lr", "seed", "data", "subset"]
 
+# NEW in 03: what every checkpoint holds
+CHECKPOINT_KEYS = {"lesson", "model", "optimizer", "next_epoch", "best_accuracy", "history"}
+CHECKPOINT_KEYS |= {"hyperparameters", "class_names", "data", "run", "random_states"}
+
 
 class SimpleCNN(nn.Module):
     """Three convolutions and two fully connected layers: images (N, 3, 32, 32) in, logits (N, num_classes) out."""
@@ -231,12 +235,15 @@ def load_checkpoint(path):
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = {key: checkpoint[key] for key in CHECKPOINT_KEYS}  # a KeyError if one is missing
         model = SimpleCNN(len(checkpoint["class_names"]))
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError:
-        sys.exit(f"There is no checkpoint {path}. Train first: run this lesson without --resume and --predict.")
+        sys.exit(f"There is no checkpoint {path}. Train first, or name another one.")
     except Exception as error:  # a damaged file can fail in many ways, which all mean the same
-        sys.exit(f"{path} is damaged or no checkpoint of a SimpleCNN ({type(error).__name__}). Name another one.")
+        sys.exit(
+            f"{path} is damaged, or no checkpoint that this lesson can use ({type(error).__name__}). Name another one."
+        )
     return checkpoint, model
 
 
@@ -300,6 +307,7 @@ def train(args, train_set, val_set, class_names, checkpoint):
             is_best = history[-1]["val_accuracy"] > best_accuracy
             best_accuracy = max(best_accuracy, history[-1]["val_accuracy"])
             checkpoint = {
+                "lesson": LESSON,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "next_epoch": epoch + 1,
@@ -360,8 +368,11 @@ def build_parser():
 
 
 # NEW in 03: a resumed run keeps its settings
-def parse_again(parser, argv, saved):
-    """Parse the command line once more, with the saved hyperparameters as defaults. Only --epochs may differ."""
+def parse_again(parser, argv, checkpoint):
+    """Parse the command line once more, with the saved hyperparameters as defaults. Only --epochs may change."""
+    saved = checkpoint["hyperparameters"]
+    if checkpoint["lesson"] != LESSON:
+        parser.error(f"the checkpoint is from {checkpoint['lesson']}: resume it there")
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     for name in HYPERPARAMETERS:
@@ -384,7 +395,7 @@ def main(argv=None):
     checkpoint = None
     if args.resume:
         checkpoint, _ = load_checkpoint(folder / "latest_checkpoint.pth" if args.resume == "latest" else args.resume)
-        args = parse_again(parser, argv, checkpoint["hyperparameters"])
+        args = parse_again(parser, argv, checkpoint)
 
     images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # no longer "auto"
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)

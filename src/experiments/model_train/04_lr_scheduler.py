@@ -49,6 +49,11 @@ MIRRORS = [
 
 HYPERPARAMETERS = ["epochs", "batch_size", "lr", "seed", "data", "subset", "schedulers"]
 
+# What every checkpoint holds
+CHECKPOINT_KEYS = {"lesson", "model", "optimizer", "next_epoch", "best_accuracy", "history"}
+CHECKPOINT_KEYS |= {"hyperparameters", "class_names", "data", "run", "random_states"}
+CHECKPOINT_KEYS |= {"scheduler", "arm", "finished"}  # NEW in 04
+
 # NEW in 04: how the learning rate changes. Each function makes a scheduler for a run of that many epochs; its step()
 # is called once after every epoch, so every number in here counts epochs.
 SCHEDULERS = {
@@ -247,12 +252,15 @@ def load_checkpoint(path):
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = {key: checkpoint[key] for key in CHECKPOINT_KEYS}  # a KeyError if one is missing
         model = SimpleCNN(len(checkpoint["class_names"]))
         model.load_state_dict(checkpoint["model"])
     except FileNotFoundError:
-        sys.exit(f"There is no checkpoint {path}. Train first: run this lesson without --resume and --predict.")
+        sys.exit(f"There is no checkpoint {path}. Train first, or name another one.")
     except Exception as error:  # a damaged file can fail in many ways, which all mean the same
-        sys.exit(f"{path} is damaged or no checkpoint of a SimpleCNN ({type(error).__name__}). Name another one.")
+        sys.exit(
+            f"{path} is damaged, or no checkpoint that this lesson can use ({type(error).__name__}). Name another one."
+        )
     return checkpoint, model
 
 
@@ -301,10 +309,11 @@ def train(args, name, train_set, val_set, class_names, checkpoint, finished):
             is_best = history[-1]["val_accuracy"] > best_accuracy
             best_accuracy = max(best_accuracy, history[-1]["val_accuracy"])
             checkpoint = {
+                "lesson": LESSON,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(),  # NEW in 04
-                "scheduler_name": name,  # NEW in 04: the arm that is being trained, ...
+                "arm": name,  # NEW in 04: the arm that is being trained, ...
                 "finished": finished,  # NEW in 04: ... and the histories of those before it
                 "next_epoch": epoch + 1,
                 "best_accuracy": best_accuracy,
@@ -350,7 +359,7 @@ def print_ranking(histories, images):
         if name != ranking[0] and behind <= error:
             note += ", within one standard error of the first: a tie"
         epoch = histories[name].index(best_row[name]) + 1
-        print(f"  {name:18} {best_row[name]['val_accuracy']:5.2f} % in epoch {epoch:2d}{note}")
+        print(f"  {name:30} {best_row[name]['val_accuracy']:5.2f} % in epoch {epoch:2d}{note}")
 
 
 def number(kind, low, high):
@@ -394,8 +403,11 @@ def build_parser():
     return parser
 
 
-def parse_again(parser, argv, saved):
-    """Parse the command line once more, with the saved hyperparameters as defaults. None may differ."""
+def parse_again(parser, argv, checkpoint):
+    """Parse the command line once more, with the saved hyperparameters as defaults. None may change."""
+    saved = checkpoint["hyperparameters"]
+    if checkpoint["lesson"] != LESSON:
+        parser.error(f"the checkpoint is from {checkpoint['lesson']}: resume it there")
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     for name in HYPERPARAMETERS:
@@ -412,7 +424,7 @@ def main(argv=None):
     checkpoint = None
     if args.resume:
         checkpoint, _ = load_checkpoint(folder / "latest_checkpoint.pth" if args.resume == "latest" else args.resume)
-        args = parse_again(parser, argv, checkpoint["hyperparameters"])
+        args = parse_again(parser, argv, checkpoint)
 
     images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # no longer "auto"
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
@@ -424,14 +436,12 @@ def main(argv=None):
     histories = {}
     if checkpoint:
         histories = checkpoint["finished"]
-        print(
-            f"Resumed: {checkpoint['scheduler_name']}, {checkpoint['next_epoch'] - 1} of {args.epochs} epochs are done."
-        )
+        print(f"Resumed: {checkpoint['arm']}, {checkpoint['next_epoch'] - 1} of {args.epochs} epochs are done.")
     for name in args.schedulers:
         if name in histories:
-            continue
+            continue  # finished before the run was stopped
         print(f"{name}:")
-        resumed = checkpoint if checkpoint and checkpoint["scheduler_name"] == name else None
+        resumed = checkpoint if checkpoint and checkpoint["arm"] == name else None
         try:
             _, histories[name] = train(args, name, train_set, val_set, class_names, resumed, dict(histories))
         except KeyboardInterrupt:

