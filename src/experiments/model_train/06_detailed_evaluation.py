@@ -290,22 +290,22 @@ def explain_argmax():
     logits = torch.tensor([1.2, -0.5, 0.3, 2.1, 0.0, 1.9, 4.2, -1.3, 0.8, 0.4])  # (10,)
     value, position = torch.max(logits, dim=0)
     print(f"2. The ten logits of one image, {[round(x, 1) for x in logits.tolist()]}:")
+    print(f"   torch.max(logits, dim=0) gives {value:.1f} and {position}, torch.argmax(logits) only {logits.argmax()}.")
+    same = F.softmax(logits, dim=0).argmax()
     print(
-        f"   torch.max(logits, dim=0) gives both, {value:.1f} and {position}; torch.argmax(logits) only {logits.argmax()}."
+        f"   So the answer is class {position}. Softmax keeps the order: the probabilities have the same argmax, {same}."
     )
-    print(
-        f"   So the network says class {logits.argmax()}. Softmax keeps the order: the argmax of the probabilities,",
-        end="",
-    )
-    print(f" {F.softmax(logits, dim=0).argmax()}, is the same.")
     second = torch.tensor([0.2, 3.0, 1.1, 0.5, -0.7, 0.9, 1.4, 0.1, 2.2, -1.0])
     third = torch.tensor([-0.3, 0.6, 2.7, 1.8, 0.2, -1.1, 0.5, 1.0, 0.4, 2.4])
     batch = torch.stack([logits, second, third])  # (3, 10): a row for each image, a column for each class
-    print(f"3. A batch of three such images, shape {tuple(batch.shape)}. dim=1 looks along the classes and leaves one")
+    by_numpy = batch.numpy().argmax(axis=1)
     print(
-        f"   answer an image: {batch.argmax(dim=1).tolist()}. NumPy says axis=1: {batch.numpy().argmax(axis=1).tolist()}."
+        f"3. A batch of three images, shape {tuple(batch.shape)}. dim=1 compares along the row of each image and gives"
     )
-    print(f"   dim=0 would compare the images, ten times: {batch.argmax(dim=0).tolist()}. No use here.")
+    print(
+        f"   one class an image: {batch.argmax(dim=1).tolist()}. NumPy says axis=1: {by_numpy.tolist()}. dim=0 would compare"
+    )
+    print(f"   the three images in each column, and name the winners: {batch.argmax(dim=0).tolist()}.")
 
 
 # NEW in 06: the network's answers
@@ -419,31 +419,29 @@ def print_report(report):
     low, high = report["accuracy_95_percent_interval"]
     print(f"Loss {report['loss']:.4f}, accuracy {100 * report['accuracy']:.2f} %", end="")
     print(f" (95 % interval {100 * low:.2f} to {100 * high:.2f} %, {report['images']:,} images)")
-    print(
-        "The right class is among the first " + ", ".join(f"{k}: {100 * v:.2f} %" for k, v in report["top_k"].items())
-    )
+    top_k = ", ".join(f"top-{k} {100 * value:.2f} %" for k, value in report["top_k"].items())
+    print(f"The right class is among the k most probable ones: {top_k}")
     print("  class        precision  recall      F1  images")
     rows = report["classes"] | {"macro mean": report["macro_average"], "weighted": report["weighted_average"]}
     for name, row in rows.items():
         print(f"  {name:12} {row['precision']:9.4f} {row['recall']:7.4f} {row['f1-score']:7.4f} {row['support']:7.0f}")
     matrix = np.array(report["confusion_matrix"])
-    recall = matrix.diagonal() / matrix.sum(axis=1).clip(min=1)
-    difference = np.abs(recall - [row["recall"] for row in report["classes"].values()]).max()
-    print(f"The recalls, recomputed from the confusion matrix, differ by at most {difference:.0e}.")
-    print(
-        "Most confused:", "; ".join(f"{true} taken for {wrong} {n} times" for n, true, wrong in report["most_confused"])
-    )
+    recall = matrix.diagonal() / matrix.sum(axis=1).clip(min=1)  # clip: no division by 0 where a class is missing
+    precision = matrix.diagonal() / matrix.sum(axis=0).clip(min=1)
+    by_sklearn = [[row["recall"], row["precision"]] for row in report["classes"].values()]
+    difference = np.abs(np.stack([recall, precision], axis=1) - by_sklearn).max()
+    print(f"Computed from the confusion matrix, precision and recall differ from these by at most {difference:.1e}.")
+    pairs = [f"{true} taken for {wrong} {count} times" for count, true, wrong in report["most_confused"]]
+    print(f"Most confused: {'; '.join(pairs)}")
 
     weakest = min(report["classes"], key=lambda name: report["classes"][name]["f1-score"])
     surplus = 100 * (report["mean_confidence"] - report["accuracy"])
     attitude = "overconfident" if surplus > 1 else "underconfident" if surplus < -1 else "about as sure as it is right"
     _, true, wrong = report["most_confused"][0]
-    print(
-        f"Diagnosis: the weakest class is {weakest} (F1 {report['classes'][weakest]['f1-score']:.2f}), the worst pair is",
-        end="",
-    )
-    print(f" {true} taken for {wrong}, and the network is {attitude}: its mean confidence is", end="")
-    print(f" {100 * report['mean_confidence']:.1f} %, its accuracy {100 * report['accuracy']:.1f} %.")
+    f1 = report["classes"][weakest]["f1-score"]
+    print(f"Diagnosis: the weakest class is {weakest} (F1 {f1:.2f}), the worst pair is {true} taken for {wrong}, and")
+    print(f"the network is {attitude}: its mean confidence is {100 * report['mean_confidence']:.1f} %,", end="")
+    print(f" its accuracy {100 * report['accuracy']:.1f} %.")
 
 
 def number(kind, low, high):
@@ -492,6 +490,7 @@ def main(argv=None):
     explain_argmax()
     # NEW in 06: the model to evaluate comes from a file; if there is none, it is trained first
     artifacts = args.output_dir / "artifacts"
+    artifacts.mkdir(parents=True, exist_ok=True)
     path = args.checkpoint or artifacts / "checkpoints" / "best_model_eval.pth"
     must_train = not args.checkpoint and not path.exists()
     if must_train:
@@ -505,7 +504,7 @@ def main(argv=None):
         if args.data not in ["auto", checkpoint["data"]]:
             sys.exit(f"{path} was trained on {checkpoint['data']}, so it cannot be tested with --data {args.data}.")
         args.data = checkpoint["data"]
-        print(f"No training: there is {path}. Delete it, or choose another --output-dir, to train a new one.")
+        print(f"No training: evaluating {path}. (To train a new model, name a new --output-dir.)")
 
     with SummaryWriter(new_run_dir(args.output_dir / "tensor_board" / LESSON, args.data)) as writer:
         writer.add_text("Hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
@@ -517,7 +516,7 @@ def main(argv=None):
         images, labels = images[: args.subset], labels[: args.subset]
         model.to(args.device, memory_format=torch.channels_last)
         logits = compute_logits(model, DataLoader(TensorDataset(images, labels), batch_size=1000), args.device)
-        title = f"SimpleCNN of {checkpoint['lesson']}, {len(labels):,} test images of {args.data}"
+        title = f"best model of {checkpoint['lesson']} on {len(labels):,} test images of {args.data}"
         report = {"model": title, "checkpoint": str(path)} | measure(logits, labels, class_names)
         print(f"Evaluation of the {title} (validation accuracy {checkpoint['best_accuracy']:.2f} %)")
         print_report(report)
@@ -534,7 +533,7 @@ def main(argv=None):
         writer.add_scalar("Test/accuracy", 100 * report["accuracy"])
         for i, name in enumerate(class_names):  # precision and recall at every threshold of this class's probability
             writer.add_pr_curve(f"PrecisionRecall/{name}", labels == i, F.softmax(logits, dim=1)[:, i])
-    print(f"Report and pictures are in {artifacts}: evaluation_report.json, {', '.join(figures)} (.png)")
+    print(f"In {artifacts}: evaluation_report.json, {', '.join(f'{name}.png' for name in figures)}")
     print(f'Done. To see the curves: tensorboard --logdir "{args.output_dir / "tensor_board" / LESSON}"')
 
 
