@@ -292,19 +292,15 @@ def explain_argmax():
     print(f"2. The ten logits of one image, {[round(x, 1) for x in logits.tolist()]}:")
     print(f"   torch.max(logits, dim=0) gives {value:.1f} and {position}, torch.argmax(logits) only {logits.argmax()}.")
     same = F.softmax(logits, dim=0).argmax()
-    print(
-        f"   So the answer is class {position}. Softmax keeps the order: the probabilities have the same argmax, {same}."
-    )
+    print(f"   So the answer is class {position}. Softmax keeps the order: the largest probability is also at {same}.")
     second = torch.tensor([0.2, 3.0, 1.1, 0.5, -0.7, 0.9, 1.4, 0.1, 2.2, -1.0])
     third = torch.tensor([-0.3, 0.6, 2.7, 1.8, 0.2, -1.1, 0.5, 1.0, 0.4, 2.4])
     batch = torch.stack([logits, second, third])  # (3, 10): a row for each image, a column for each class
-    by_numpy = batch.numpy().argmax(axis=1)
+    by_torch, by_numpy = batch.argmax(dim=1), batch.numpy().argmax(axis=1)
     print(
         f"3. A batch of three images, shape {tuple(batch.shape)}. dim=1 compares along the row of each image and gives"
     )
-    print(
-        f"   one class an image: {batch.argmax(dim=1).tolist()}. NumPy says axis=1: {by_numpy.tolist()}. dim=0 would compare"
-    )
+    print(f"   one class an image: {by_torch.tolist()}. NumPy says axis=1: {by_numpy.tolist()}. dim=0 would compare")
     print(f"   the three images in each column, and name the winners: {batch.argmax(dim=0).tolist()}.")
 
 
