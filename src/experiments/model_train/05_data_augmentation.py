@@ -364,7 +364,7 @@ def plot_transforms(images, title, path):
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for row, image in zip(axes, images.permute(0, 3, 1, 2), strict=True):
         for ax, transform in zip(row, columns.values(), strict=True):
-            ax.imshow(transform(image).permute(1, 2, 0))
+            ax.imshow(transform(image).permute(1, 2, 0).numpy())
             ax.axis("off")
     for ax, name in zip(axes[0], columns, strict=True):
         ax.set_title(name, fontsize=8)

@@ -402,7 +402,7 @@ def plot_errors(images, logits, labels, class_names, title):
     for ax in axes:
         ax.axis("off")
     for ax, i in zip(axes, wrong, strict=False):
-        ax.imshow(images[i])
+        ax.imshow(images[i].numpy())
         answer = f"taken for {class_names[predicted[i]]}, {100 * confidence[i]:.0f} %"
         ax.set_title(f"true: {class_names[labels[i]]}\n{answer}", fontsize=10)
     figure.suptitle(f"The {len(wrong)} most confident errors: {title}")

@@ -1,0 +1,63 @@
+"""What the tests share: the six lessons as modules, and one quick run of each on scikit-learn's handwritten digits."""
+
+import contextlib
+import functools
+import importlib.util
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "src" / "experiments" / "model_train").glob("0*.py"))
+QUICK = ["--data", "digits", "--epochs", "1", "--subset", "256", "--device", "cpu"]
+
+
+def load_lesson(path):
+    """Import a lesson from its file; its name begins with a digit, so `import` cannot."""
+    spec = importlib.util.spec_from_file_location(f"lesson_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_lesson(lesson, output_dir, *flags):
+    """Run main() of a lesson on 256 digits for one epoch, unless the flags say otherwise. Returns what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        lesson.main([*QUICK, "--output-dir", str(output_dir), *map(str, flags)])
+    return output.getvalue()
+
+
+def read_scalars(run_dir):
+    """Return the scalars in the one event file of a TensorBoard run: {tag: [(step, value), ...]}."""
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="session")
+def lessons():
+    """The six lessons as modules, by number: "01" to "06"."""
+    return {path.stem[:2]: load_lesson(path) for path in FILES}
+
+
+@pytest.fixture(scope="session")
+def finished(lessons, tmp_path_factory):
+    """A function that returns one quick run of a lesson on a device, which all tests share: its folder and output."""
+
+    @functools.cache
+    def get(number, device="cpu"):
+        folder = tmp_path_factory.mktemp(f"lesson_{number}_{device}")
+        output = run_lesson(lessons[number], folder, "--device", device)
+        return SimpleNamespace(folder=folder, output=output, artifacts=folder / "artifacts")
+
+    return get
+
+
+@pytest.fixture(params=["cpu"] + (["cuda"] if torch.cuda.is_available() else []))
+def device(request):
+    """The CPU and, where there is one, the GPU."""
+    return request.param
