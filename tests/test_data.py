@@ -1,0 +1,270 @@
+"""Where the images come from, how they are split, and how they are changed."""
+
+import contextlib
+import hashlib
+import io
+import pickle
+import socket
+import tarfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+NO_SERVER = "http://127.0.0.1:9/cifar-10-python.tar.gz"  # nothing listens on this port
+
+
+def make_archive():
+    """Return a .tar.gz in the official layout, with 10 random images in each of 6 files, and the files' MD5 sums."""
+    random = np.random.default_rng(0)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    files = {
+        name: {"data": random.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": list(range(10))} for name in names
+    }
+    files["batches.meta"] = {"label_names": CLASSES}
+    archive, sums = io.BytesIO(), {}
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name, content in files.items():
+            data = pickle.dumps(content)
+            sums[name] = hashlib.md5(data).hexdigest()
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return archive.getvalue(), sums, files
+
+
+@pytest.fixture(scope="module")
+def archive():
+    return make_archive()
+
+
+class Mirror(BaseHTTPRequestHandler):
+    """Serves the archive at /good/, something else at /wrong/, and nothing, for a long time, at /silent/."""
+
+    content, requests = b"", []
+
+    def do_GET(self):
+        Mirror.requests.append(self.path)
+        if self.path.startswith("/silent/"):
+            self.server.stopping.wait(20)
+            return
+        body = Mirror.content if self.path.startswith("/good/") else b"this is no archive"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def cifar10(lessons, archive, monkeypatch):
+    """A local mirror of a small CIFAR-10. Returns the lesson whose load_data() is tried, and the mirror's address."""
+    content, sums, _ = archive
+    lesson = lessons["01"]
+    monkeypatch.setattr(lesson.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
+    monkeypatch.setattr(
+        lesson.CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)]
+    )
+    monkeypatch.setattr(lesson.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(lesson.CIFAR10, "meta", {**lesson.CIFAR10.meta, "md5": sums["batches.meta"]})
+    monkeypatch.setattr(lesson.CIFAR10, "url", lesson.CIFAR10.url)
+    monkeypatch.setattr(Mirror, "content", content)
+    monkeypatch.setattr(Mirror, "requests", [])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    server.stopping = threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield lesson, f"http://127.0.0.1:{server.server_port}"
+    server.stopping.set()
+    server.shutdown()
+    server.server_close()
+    socket.setdefaulttimeout(None)
+
+
+def test_a_dead_and_a_wrong_mirror_are_passed_over(cifar10, archive, monkeypatch, tmp_path, capsys):
+    lesson, address = cifar10
+    name = "cifar-10-python.tar.gz"
+    monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER, f"{address}/wrong/{name}", f"{address}/good/{name}"])
+    images, labels, class_names, data_name = lesson.load_data("auto", tmp_path / "new", train=True)
+    assert data_name == "cifar10" and class_names == CLASSES
+    assert images.shape == (50, 32, 32, 3) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    files = archive[2]
+    first = files["data_batch_1"]["data"][3].reshape(3, 32, 32).transpose(1, 2, 0)
+    assert np.array_equal(images[3].numpy(), first), "red, green and blue in their places"
+    assert labels.tolist() == list(range(10)) * 5
+    assert capsys.readouterr().out.count("no CIFAR-10 from") == 2
+    requests = len(Mirror.requests)
+    images, *_ = lesson.load_data("cifar10", tmp_path / "new", train=False)
+    assert len(images) == 10 and np.array_equal(
+        images[9].numpy(), files["test_batch"]["data"][9].reshape(3, 32, 32).transpose(1, 2, 0)
+    )
+    assert len(Mirror.requests) == requests, "what is there is not downloaded again"
+
+
+def test_a_silent_mirror_is_given_up(cifar10, monkeypatch, tmp_path):
+    lesson, address = cifar10
+    name = "cifar-10-python.tar.gz"
+    set_timeout, asked = socket.setdefaulttimeout, []
+    monkeypatch.setattr(lesson.socket, "setdefaulttimeout", lambda seconds: (asked.append(seconds), set_timeout(0.5)))
+    monkeypatch.setattr(lesson, "MIRRORS", [f"{address}/silent/{name}", f"{address}/good/{name}"])
+    start = time.monotonic()
+    *_, data_name = lesson.load_data("auto", tmp_path, train=True)
+    assert data_name == "cifar10" and time.monotonic() - start < 10
+    assert 0 < asked[0] <= 20
+
+
+def test_an_archive_put_there_by_hand_needs_no_network(cifar10, archive, monkeypatch, tmp_path):
+    lesson, _ = cifar10
+    monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER])
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0])
+    images, *_, data_name = lesson.load_data("cifar10", tmp_path, train=True)
+    assert data_name == "cifar10" and len(images) == 50
+
+
+def test_without_network_digits_take_over_with_a_notice(lessons, monkeypatch, tmp_path, capsys):
+    lesson = lessons["01"]
+    monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER])
+    monkeypatch.setattr(lesson.CIFAR10, "url", lesson.CIFAR10.url)
+    *_, data_name = lesson.load_data("auto", tmp_path, train=True)
+    output = capsys.readouterr().out
+    assert data_name == "digits" and "handwritten digits instead" in output and "cifar-10-python.tar.gz" in output
+    with pytest.raises(SystemExit, match="CIFAR-10 is not in"):
+        lesson.load_data("cifar10", tmp_path, train=True)
+    socket.setdefaulttimeout(None)
+
+
+def test_the_official_server_is_asked_last(lessons):
+    for lesson in lessons.values():
+        assert len(lesson.MIRRORS) >= 3 and "cs.toronto.edu" in lesson.MIRRORS[-1]
+        assert all(url.endswith("/cifar-10-python.tar.gz") for url in lesson.MIRRORS)
+
+
+def test_digits_are_two_disjoint_splits_of_all_1797_images(lessons, tmp_path):
+    load = lessons["01"].load_data
+    train, train_labels, class_names, _ = load("digits", tmp_path, train=True)
+    test, test_labels, *_ = load("digits", tmp_path, train=False)
+    assert len(train) == 1438 and len(test) == 359 and class_names == list("0123456789")
+    assert train.shape[1:] == (32, 32, 3) and train.dtype == torch.uint8 and train.max() == 255
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    assert np.allclose(train[0, ::4, ::4, 1] / 255 * 16, digits.images[0], atol=0.1)
+    assert torch.equal(train[..., 0], train[..., 2])
+    assert np.array_equal(test_labels, digits.target[4::5])
+    assert sorted([*train_labels.tolist(), *test_labels.tolist()]) == sorted(digits.target.tolist())
+
+
+@pytest.mark.parametrize("number", ["02", "03", "04", "05", "06"])
+def test_validation_split_is_disjoint_complete_and_seeded(lessons, number):
+    split = lessons[number].split_train_val
+    images = torch.arange(50_000, dtype=torch.int32).view(-1, 1, 1, 1)  # every image is its own number
+    labels = torch.arange(50_000)
+    train, val = split(images, labels, 42, None)
+    assert len(train) == 40_000 and len(val) == 10_000
+    train_numbers, val_numbers = train.tensors[1].tolist(), val.tensors[1].tolist()
+    assert sorted(train_numbers + val_numbers) == list(range(50_000))
+    assert torch.equal(train.tensors[0].flatten(), train.tensors[1].int()), "labels stay with their images"
+    assert train_numbers != sorted(train_numbers), "shuffled"
+    torch.rand(1)  # what else is drawn does not matter
+    assert split(images, labels, 42, None)[1].tensors[1].tolist() == val_numbers
+    assert split(images, labels, 43, None)[1].tensors[1].tolist() != val_numbers
+    small_train, small_val = split(images, labels, 42, 100)
+    assert small_train.tensors[1].tolist() == train_numbers[:100]
+    assert small_val.tensors[1].tolist() == val_numbers[:100]
+
+
+def test_uneven_split_loses_no_image(lessons):
+    train, val = lessons["02"].split_train_val(torch.zeros(11, 1, 1, 1), torch.arange(11), 0, None)
+    assert sorted([*train.tensors[1].tolist(), *val.tensors[1].tolist()]) == list(range(11))
+
+
+# Augmentation
+
+
+@pytest.fixture
+def photos():
+    """64 images uint8 (64, 32, 32, 3), all the same picture without any symmetry."""
+    picture = torch.randint(60, 200, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    return picture.repeat(64, 1, 1, 1)
+
+
+def test_augmented_images_keep_shape_type_and_order(lessons, photos):
+    marked = photos.clone()
+    marked[:, :, :, 0] = torch.arange(64, dtype=torch.uint8).view(-1, 1, 1) * 3  # a shade of red for every image
+    torch.manual_seed(0)
+    result = lessons["05"].augment(marked, 16)
+    assert result.shape == marked.shape and result.dtype == torch.uint8
+    shades = [result[i, :, :, 0].median().item() for i in range(64)]
+    assert np.corrcoef(shades, range(64))[0, 1] > 0.9
+
+
+def test_groups_share_their_random_numbers_and_differ_from_each_other(lessons, photos):
+    torch.manual_seed(0)
+    result = lessons["05"].augment(photos, 16)
+    groups = result.split(16)
+    # RandomErasing may fill a patch, at one place for the group; all else is the same for its images as well.
+    assert all(torch.equal(group[0], image) for group in groups for image in group)
+    assert len({group[0].numpy().tobytes() for group in groups}) == 4
+    assert len({image.numpy().tobytes() for image in lessons["05"].augment(photos, 1)}) > 60
+
+
+def test_flip_mirrors_left_and_right(lessons, photos):
+    flipped = lessons["05"].SINGLE_TRANSFORMS["RandomHorizontalFlip"](photos[0].permute(2, 0, 1))
+    assert torch.equal(flipped, photos[0].permute(2, 0, 1).flip(-1))
+
+
+def test_the_list_of_transforms_is_the_promised_one(lessons):
+    from torchvision.transforms import v2
+
+    for number in ["05", "06"]:
+        flip, crop, rotation, jitter, erasing = lessons[number].AUGMENTATION.transforms
+        assert isinstance(flip, v2.RandomHorizontalFlip) and flip.p == 0.5
+        assert isinstance(crop, v2.RandomCrop) and crop.size == (32, 32) and list(crop.padding) == [4] * 4
+        assert isinstance(rotation, v2.RandomRotation) and list(rotation.degrees) == [-15, 15]
+        assert jitter.p == 0.3 and isinstance(jitter.transforms[0], v2.ColorJitter) and jitter.transforms[0].hue
+        assert isinstance(erasing, v2.RandomErasing) and erasing.p == 0.3 and max(erasing.scale) == 0.15
+
+
+@pytest.mark.parametrize("number", ["05", "06"])
+def test_training_images_change_every_epoch_and_validation_images_never(lessons, photos, number):
+    lesson = lessons[number]
+    data = TensorDataset(photos, torch.zeros(64, dtype=torch.int64))
+    loader = DataLoader(data, 32)
+    model, seen = lesson.SimpleCNN(), []
+    model.register_forward_hook(lambda module, inputs, _: seen.append((module.training, inputs[0].clone())))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        lesson.run_epoch(model, loader, loader, torch.nn.CrossEntropyLoss(), optimizer, "cpu", 16)
+    training = [torch.cat([images for mode, images in part if mode]) for part in [seen[:4], seen[4:]]]
+    validation = [torch.cat([images for mode, images in part if not mode]) for part in [seen[:4], seen[4:]]]
+    plain = lesson.to_input(photos, "cpu")
+    assert torch.equal(validation[0], plain) and torch.equal(validation[1], plain)
+    assert not torch.equal(training[0], plain) and not torch.equal(training[0], training[1])
+    seen.clear()
+    lesson.run_epoch(model, loader, loader, torch.nn.CrossEntropyLoss(), optimizer, "cpu")
+    assert torch.equal(torch.cat([images for mode, images in seen if mode]), plain), "no group size, no augmentation"
+
+
+def test_05_and_06_augment_where_they_say(lessons, tmp_path, monkeypatch):
+    """The arms of lesson 05 and the training of lesson 06 hand the right group size to every epoch."""
+    for number, expected in [("05", [0, 8, 8]), ("06", [8])]:
+        sizes = []
+        run_epoch = lessons[number].run_epoch
+        monkeypatch.setattr(
+            lessons[number],
+            "run_epoch",
+            lambda *args, run=run_epoch, sizes=sizes: (sizes.append(args[6]), run(*args))[1],
+        )
+        flags = ["--data", "digits", "--epochs", "1", "--subset", "32", "--device", "cpu", "--group-size", "8"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            lessons[number].main([*flags, "--output-dir", str(tmp_path)])
+        assert sizes == expected
