@@ -1,0 +1,289 @@
+"""Nothing is lost, and a resumed run is the run it would have been."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import FILES, ROOT, read_scalars, run_lesson
+from PIL import Image
+
+PATHS = {path.stem[:2]: path for path in FILES}
+FLAGS = ["--data", "digits", "--subset", "200", "--device", "cpu", "--batch-size", "64"]
+
+# Runs a lesson in a process of its own, and presses Ctrl-C in it before the report of its Nth epoch.
+INTERRUPTED = """
+import runpy, sys
+lesson, stop, *flags = sys.argv[1:]
+reports = 0
+from torch.utils.tensorboard import SummaryWriter
+add_scalar = SummaryWriter.add_scalar
+def add_or_interrupt(self, tag, *args, **kwargs):
+    global reports
+    reports += tag == "Loss/train"
+    if reports == int(stop):
+        raise KeyboardInterrupt
+    return add_scalar(self, tag, *args, **kwargs)
+SummaryWriter.add_scalar = add_or_interrupt
+sys.argv = [lesson, *flags]
+runpy.run_path(lesson, run_name="__main__")
+"""
+
+
+def folder_of(lesson, output_dir):
+    return output_dir / "artifacts" / "checkpoints" / lesson.LESSON
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_state(one, other):
+    """Compare nested dicts, lists and tensors bit for bit, but for what a clock writes."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"seconds", "images_per_second", "run"}:
+            assert_same_state(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for first, second in zip(one, other, strict=True):
+            assert_same_state(first, second)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    ("number", "epochs", "stop", "more"),
+    [
+        ("03", 4, 4, []),  # three epochs are saved when it is stopped
+        ("04", 3, 6, ["--schedulers", "StepLR", "ReduceLROnPlateau"]),  # in the last epoch of the second arm
+        ("05", 2, 4, []),  # in the last epoch of the second arm, which is augmented
+    ],
+)
+def test_resumed_in_a_new_process_equals_uninterrupted(lessons, tmp_path, number, epochs, stop, more):
+    lesson, flags = lessons[number], [*FLAGS, "--epochs", str(epochs), *more]
+    stopped = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(PATHS[number]), str(stop), *flags, "--output-dir", str(tmp_path / "a")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert stopped.returncode == 130, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    command = next(line for line in stopped.stdout.splitlines() if "--resume" in line)
+    assert f'python "{PATHS[number]}" --resume --output-dir "{tmp_path / "a"}"' in command
+
+    resumed = subprocess.run(
+        [sys.executable, str(PATHS[number]), "--resume", "--output-dir", str(tmp_path / "a"), "--device", "cpu"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    run_lesson(lesson, tmp_path / "b", *flags)
+    for path in folder_of(lesson, tmp_path / "b").iterdir():
+        assert_same_state(load(folder_of(lesson, tmp_path / "a") / path.name), load(path))
+
+    for events in (tmp_path / "b").rglob("events*"):
+        run = events.parent
+        same_run = tmp_path / "a" / run.relative_to(tmp_path / "b")
+        scalars = read_scalars(same_run)
+        assert scalars == read_scalars(run), "the same points, each of them once"
+        assert [step for step, _ in scalars["Loss/val"]] == list(range(1, epochs + 1))
+
+
+def test_03_goes_on_with_more_epochs_and_saves_every_fifth(lessons, tmp_path):
+    lesson = lessons["03"]
+    run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 4)
+    assert not list(tmp_path.rglob("checkpoint_epoch_*"))
+    first = load(folder_of(lesson, tmp_path) / "latest_checkpoint.pth")
+    run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 6, "--resume")
+    folder = folder_of(lesson, tmp_path)
+    assert [path.name for path in folder.glob("checkpoint_epoch_*")] == ["checkpoint_epoch_5.pth"]
+    assert load(folder / "checkpoint_epoch_5.pth")["next_epoch"] == 6
+    latest = load(folder / "latest_checkpoint.pth")
+    assert latest["next_epoch"] == 7 and latest["history"][:4] == first["history"]
+    output = run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 6, "--resume", folder / "checkpoint_epoch_5.pth")
+    assert "5 of 6 epochs are done" in output and "Epoch  6/6" in output and "Epoch  5/6" not in output
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05", "06"])
+def test_best_model_is_the_one_of_the_best_validation_accuracy(lessons, tmp_path, monkeypatch, number):
+    lesson = lessons[number]
+    weights, accuracies = [], []
+
+    def evaluate(model, *_):
+        weights.append(copy.deepcopy(model.state_dict()))
+        accuracies.append([20.0, 60.0, 40.0][(len(weights) - 1) % 3])
+        return 1.0, accuracies[-1]
+
+    def train_one_epoch(model, loader, loss_fn, optimizer, device, *_):  # it looks better and better on training data
+        loss_fn(model(lesson.to_input(loader.dataset[:8][0], device)), loader.dataset[:8][1]).backward()
+        optimizer.step()
+        return 1.0 / (len(weights) + 1), 50.0 + len(weights)
+
+    monkeypatch.setattr(lesson, "evaluate", evaluate)
+    monkeypatch.setattr(lesson, "train_one_epoch", train_one_epoch)
+    more = ["--schedulers", "StepLR"] if number == "04" else []
+    run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 3, *more)
+    if number == "06":
+        best = [tmp_path / "artifacts" / "checkpoints" / "best_model_eval.pth"]
+    else:
+        best = sorted(folder_of(lesson, tmp_path).glob("best_*.pth"))
+    assert best
+    for path in best:
+        checkpoint = load(path)
+        assert checkpoint["best_accuracy"] == 60.0 and checkpoint["next_epoch"] == 3
+        candidates = [w for w, accuracy in zip(weights, accuracies, strict=True) if accuracy == 60.0]
+        assert any(all(torch.equal(checkpoint["model"][k], w[k]) for k in w) for w in candidates)
+
+
+def test_an_interrupted_save_leaves_the_old_file(lessons, tmp_path, monkeypatch):
+    for number in ["03", "04", "05", "06"]:
+        lesson, path = lessons[number], tmp_path / number / "x.pth"
+        lesson.save_checkpoint({"epoch": 1}, path)
+
+        def fail(value, file):
+            file.write(b"half a file")
+            raise OSError("no space left")
+
+        with monkeypatch.context() as context:
+            context.setattr(lesson.torch, "save", fail)
+            with pytest.raises(OSError, match="no space"):
+                lesson.save_checkpoint({"epoch": 2}, path)
+        assert load(path) == {"epoch": 1}
+        lesson.save_checkpoint({"epoch": 3}, path)
+        assert load(path) == {"epoch": 3} and [file.name for file in path.parent.iterdir()] == ["x.pth"]
+
+
+def test_save_reaches_the_disk_before_it_replaces(lessons, tmp_path, monkeypatch):
+    for number in ["03", "04", "05", "06"]:
+        calls = []
+        lesson = lessons[number]
+        fsync, replace = lesson.os.fsync, lesson.os.replace
+        with monkeypatch.context() as context:
+            context.setattr(lesson.os, "fsync", lambda fd, f=fsync: (calls.append("fsync"), f(fd)))
+            context.setattr(lesson.os, "replace", lambda a, b, f=replace: (calls.append("replace"), f(a, b)))
+            lesson.save_checkpoint({"epoch": 1}, tmp_path / "x.pth")
+        assert calls == ["fsync", "replace"]
+
+
+class Malice:
+    """A pickle of this writes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05", "06"])
+def test_unusable_checkpoints_get_one_sentence(finished, lessons, tmp_path, number, capsys):
+    lesson = lessons[number]
+    good = next(finished(number).artifacts.glob("checkpoints/**/*.pth"))
+    content = good.read_bytes()
+    (tmp_path / "truncated.pth").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.pth").write_text("not a checkpoint", encoding="utf-8")
+    (tmp_path / "folder.pth").mkdir()
+    other = load(good)
+    torch.save(other["model"], tmp_path / "weights_only.pth")
+    torch.save(other | {"model": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "another_network.pth")
+    torch.save({"model": Malice(tmp_path / "was_run")}, tmp_path / "malice.pth")
+    (tmp_path / "plain_pickle.pth").write_bytes(pickle.dumps(Malice(tmp_path / "was_run")))
+    paths = [*tmp_path.glob("*.pth"), tmp_path / "missing.pth"]
+    assert len(paths) == 9
+    flag = "--checkpoint" if number == "06" else "--resume"
+    for path in paths:
+        with pytest.raises(SystemExit) as error:
+            run_lesson(lesson, tmp_path / "out", flag, path)
+        message = str(error.value.code)
+        assert str(path) in message and "\n" not in message and "another one" in message
+    assert not (tmp_path / "was_run").exists()
+    lesson.load_checkpoint(good)
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05"])
+def test_a_resumed_run_keeps_its_settings(finished, lessons, tmp_path, number, capsys):
+    path = finished(number).artifacts / "checkpoints" / lessons[number].LESSON / "latest_checkpoint.pth"
+    for flag, value in [("--seed", 1), ("--batch-size", 7), ("--lr", 0.5), ("--subset", 100)]:
+        with pytest.raises(SystemExit) as error:
+            run_lesson(lessons[number], tmp_path, "--resume", path, flag, value)
+        assert error.value.code == 2 and flag in capsys.readouterr().err
+    elsewhere = {"03": "04", "04": "05", "05": "04"}[number]
+    path = finished(elsewhere).artifacts / "checkpoints" / lessons[elsewhere].LESSON / "latest_checkpoint.pth"
+    with pytest.raises(SystemExit) as error:
+        run_lesson(lessons[number], tmp_path, "--resume", path)
+    assert error.value.code == 2 and lessons[elsewhere].LESSON in capsys.readouterr().err
+
+
+def test_random_states_come_back(lessons):
+    import random
+
+    for number in ["03", "04", "05"]:
+        shuffle = torch.Generator().manual_seed(5)
+        draw = lambda: (
+            random.random(),
+            np.random.rand(),
+            torch.rand(1).item(),
+            torch.rand(1, generator=shuffle).item(),
+        )  # noqa: E731, B023
+        states = copy.deepcopy(lessons[number].get_random_states(shuffle))
+        first, second = draw(), draw()
+        lessons[number].set_random_states(states, shuffle)
+        assert (draw(), draw()) == (first, second)
+        assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+def test_03_predicts_a_picture_and_trains_nothing(finished, lessons, tmp_path, capsys):
+    folder = finished("03").folder
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 80, 4), dtype=np.uint8)
+    for name, mode in [("a.png", "RGBA"), ("b.jpg", "RGB"), ("c.png", "L"), ("d.gif", "P"), ("e.webp", "RGB")]:
+        Image.fromarray(pixels).convert(mode).save(tmp_path / name)
+        output = run_lesson(lessons["03"], folder, "--predict", tmp_path / name)
+        assert f"{tmp_path / name}: " in output and output.count(" %") == 3 and "Epoch" not in output
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    picture = lessons["03"].read_picture(tmp_path / "a.png")
+    assert picture.shape == (1, 32, 32, 3) and picture.dtype == torch.uint8
+    (tmp_path / "no.png").write_text("no picture", encoding="utf-8")
+    for path in [tmp_path / "no.png", tmp_path / "missing.png", tmp_path]:
+        with pytest.raises(SystemExit, match="as a picture"):
+            run_lesson(lessons["03"], folder, "--predict", path)
+    with pytest.raises(SystemExit, match="Train first"):
+        run_lesson(lessons["03"], tmp_path / "empty", "--predict", tmp_path / "a.png")
+
+
+def test_03_picture_is_cut_to_its_middle_square_and_turned_upright(lessons, tmp_path):
+    pixels = np.zeros((40, 120, 3), dtype=np.uint8)
+    pixels[:, :40] = 255  # outside of the middle square
+    pixels[:20, 40:80, 0] = 200  # the upper half is red
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "upright.png")
+    for name in ["turned.png", "upright.png"]:
+        picture = lessons["03"].read_picture(tmp_path / name)[0]
+        assert picture[4, 16].tolist() == [200, 0, 0] and picture[28, 16].tolist() == [0, 0, 0]
+
+
+def test_03_probabilities_are_softmax_of_eval_mode_logits(lessons):
+    lesson = lessons["03"]
+    model = lesson.SimpleCNN(dropout=0.5).train()
+    images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
+    probabilities = lesson.predict(model, images, "cpu")
+    expected = torch.softmax(copy.deepcopy(model).eval()(lesson.to_input(images, "cpu")), dim=1)
+    assert torch.allclose(probabilities, expected) and torch.allclose(probabilities.sum(dim=1), torch.ones(5))
+    words = lesson.describe(torch.tensor([0.1, 0.6, 0.3]), ["cat", "dog", "frog"])
+    assert words == "dog 60.0 %, frog 30.0 %, cat 10.0 %"
+
+
+def test_checkpoints_of_every_lesson_load_into_a_new_network(finished, lessons):
+    assert ROOT.exists()
+    for number in ["03", "04", "05", "06"]:
+        for path in finished(number).artifacts.glob("checkpoints/**/*.pth"):
+            checkpoint, model = lessons[number].load_checkpoint(path)
+            assert all(torch.equal(model.state_dict()[k], v) for k, v in checkpoint["model"].items())
