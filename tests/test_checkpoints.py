@@ -1,14 +1,16 @@
 """Nothing is lost, and a resumed run is the run it would have been."""
 
 import copy
+import os
 import pickle
+import random
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import FILES, ROOT, read_scalars, run_lesson
+from conftest import FILES, read_scalars, run_lesson
 from PIL import Image
 
 PATHS = {path.stem[:2]: path for path in FILES}
@@ -158,16 +160,14 @@ def test_an_interrupted_save_leaves_the_old_file(lessons, tmp_path, monkeypatch)
         assert load(path) == {"epoch": 3} and [file.name for file in path.parent.iterdir()] == ["x.pth"]
 
 
-def test_save_reaches_the_disk_before_it_replaces(lessons, tmp_path, monkeypatch):
-    for number in ["03", "04", "05", "06"]:
-        calls = []
-        lesson = lessons[number]
-        fsync, replace = lesson.os.fsync, lesson.os.replace
-        with monkeypatch.context() as context:
-            context.setattr(lesson.os, "fsync", lambda fd, f=fsync: (calls.append("fsync"), f(fd)))
-            context.setattr(lesson.os, "replace", lambda a, b, f=replace: (calls.append("replace"), f(a, b)))
-            lesson.save_checkpoint({"epoch": 1}, tmp_path / "x.pth")
-        assert calls == ["fsync", "replace"]
+@pytest.mark.parametrize("number", ["03", "04", "05", "06"])
+def test_save_reaches_the_disk_before_it_replaces(lessons, tmp_path, monkeypatch, number):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda source, target: (calls.append("replace"), replace(source, target)))
+    lessons[number].save_checkpoint({"epoch": 1}, tmp_path / "x.pth")
+    assert calls == ["fsync", "replace"]
 
 
 class Malice:
@@ -220,22 +220,18 @@ def test_a_resumed_run_keeps_its_settings(finished, lessons, tmp_path, number, c
     assert error.value.code == 2 and lessons[elsewhere].LESSON in capsys.readouterr().err
 
 
-def test_random_states_come_back(lessons):
-    import random
+@pytest.mark.parametrize("number", ["03", "04", "05"])
+def test_random_states_come_back(lessons, number):
+    shuffle = torch.Generator().manual_seed(5)
 
-    for number in ["03", "04", "05"]:
-        shuffle = torch.Generator().manual_seed(5)
-        draw = lambda: (
-            random.random(),
-            np.random.rand(),
-            torch.rand(1).item(),
-            torch.rand(1, generator=shuffle).item(),
-        )  # noqa: E731, B023
-        states = copy.deepcopy(lessons[number].get_random_states(shuffle))
-        first, second = draw(), draw()
-        lessons[number].set_random_states(states, shuffle)
-        assert (draw(), draw()) == (first, second)
-        assert all(a != b for a, b in zip(first, second, strict=True))
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item(), torch.rand(1, generator=shuffle).item()
+
+    states = copy.deepcopy(lessons[number].get_random_states(shuffle))
+    first, second = draw(), draw()
+    lessons[number].set_random_states(states, shuffle)
+    assert (draw(), draw()) == (first, second)
+    assert all(a != b for a, b in zip(first, second, strict=True))
 
 
 def test_03_predicts_a_picture_and_trains_nothing(finished, lessons, tmp_path, capsys):
@@ -282,7 +278,6 @@ def test_03_probabilities_are_softmax_of_eval_mode_logits(lessons):
 
 
 def test_checkpoints_of_every_lesson_load_into_a_new_network(finished, lessons):
-    assert ROOT.exists()
     for number in ["03", "04", "05", "06"]:
         for path in finished(number).artifacts.glob("checkpoints/**/*.pth"):
             checkpoint, model = lessons[number].load_checkpoint(path)

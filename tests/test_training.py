@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import run_lesson
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -118,6 +119,23 @@ def test_one_epoch_takes_the_steps_of_plain_sgd(lessons, images, number):
     lessons[number].train_one_epoch(model, DataLoader(images, 8), loss_fn, optimizer, "cpu")
     for weights, expected in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(weights, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_batches_come_in_a_new_order_every_epoch_by_the_seed_alone(lessons, tmp_path, monkeypatch, number):
+    orders = []
+
+    def spy(model, loader, *_):
+        orders.append(torch.cat([images.flatten(1).sum(dim=1) for images, _ in loader]).tolist())
+        return 1.0, 50.0
+
+    monkeypatch.setattr(lessons[number], "train_one_epoch", spy)
+    monkeypatch.setattr(torch.optim.lr_scheduler.LRScheduler, "step", lambda self, *_: None)  # nothing was trained
+    for seed in [1, 1, 2]:
+        run_lesson(lessons[number], tmp_path / str(len(orders)), "--epochs", 2, "--seed", seed, "--subset", 64)
+    first, again, other = (orders[i * len(orders) // 3 : (i + 1) * len(orders) // 3] for i in range(3))
+    assert first[0] != first[1] and sorted(first[0]) == sorted(first[1])
+    assert first == again and first != other
 
 
 @pytest.mark.parametrize("number", NUMBERS)
