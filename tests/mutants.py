@@ -63,6 +63,9 @@ MUTANTS = {
     "forget to scale to 0..1": ("123456", "images.float() / 255 - MEAN", "images.float() - MEAN"),
     "swap height and width": ("123456", "permute(0, 3, 1, 2)\n    return", "permute(0, 3, 2, 1)\n    return"),
     "no progress over dead mirrors": ("123456", "for url in MIRRORS:", "for url in MIRRORS[:1]:"),
+    "trust a training that was stopped": ("6", "    save_checkpoint(best, path)", "            save_checkpoint(best, path)"),
+    "keep the live weights": ("6", "copy.deepcopy(model.state_dict())", "model.state_dict()"),
+    "write over the earlier run": ("345", "        folder.rename(new_run_dir(folder.parent, LESSON))", "        pass"),
     "no network timeout": ("123456", "        socket.setdefaulttimeout(15)", "        #"),
     "fall back without a word": (
         "123456",
@@ -191,7 +194,7 @@ MUTANTS = {
     "interval of one standard error": ("6", "margin = 1.96 *", "margin = 1.0 *"),
     "error samples that are right": ("6", "wrong = (predicted != labels)", "wrong = (predicted == labels)"),
     "least confident errors": ("6", "argsort(descending=True)", "argsort()"),
-    "evaluate in train mode": ("6", "    model.eval()\n    return torch.cat", "    return torch.cat"),
+    "evaluate in train mode": ("6", "    model.eval()\n    return torch.cat", "    model.train()\n    return torch.cat"),
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import random
+import shlex
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from conftest import FILES, read_scalars, run_lesson
 from PIL import Image
 
 PATHS = {path.stem[:2]: path for path in FILES}
+STRICT = ["-W", "error::FutureWarning:__main__", "-W", "error::DeprecationWarning:__main__"]
 FLAGS = ["--data", "digits", "--subset", "200", "--device", "cpu", "--batch-size", "64"]
 
 # Runs a lesson in a process of its own, and presses Ctrl-C in it before the report of its Nth epoch.
@@ -70,19 +72,13 @@ def assert_same_state(one, other):
 )
 def test_resumed_in_a_new_process_equals_uninterrupted(lessons, tmp_path, number, epochs, stop, more):
     lesson, flags = lessons[number], [*FLAGS, "--epochs", str(epochs), *more]
-    stopped = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(PATHS[number]), str(stop), *flags, "--output-dir", str(tmp_path / "a")],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    command = [sys.executable, *STRICT, "-c", INTERRUPTED, str(PATHS[number]), str(stop), *flags]
+    command += ["--output-dir", str(tmp_path / "a")]
+    stopped = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert stopped.returncode == 130, stopped.stderr
     assert "Traceback" not in stopped.stderr
     command = next(line for line in stopped.stdout.splitlines() if "--resume" in line)
-    assert f'python "{PATHS[number]}" --resume --output-dir "{tmp_path / "a"}"' in command
-
-    resumed = subprocess.run(
-        [sys.executable, str(PATHS[number]), "--resume", "--output-dir", str(tmp_path / "a"), "--device", "cpu"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    resumed = subprocess.run(shlex.split(command), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert resumed.returncode == 0, resumed.stderr
     run_lesson(lesson, tmp_path / "b", *flags)
     for path in folder_of(lesson, tmp_path / "b").iterdir():
@@ -109,6 +105,19 @@ def test_03_goes_on_with_more_epochs_and_saves_every_fifth(lessons, tmp_path):
     assert latest["next_epoch"] == 7 and latest["history"][:4] == first["history"]
     output = run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 6, "--resume", folder / "checkpoint_epoch_5.pth")
     assert "5 of 6 epochs are done" in output and "Epoch  6/6" in output and "Epoch  5/6" not in output
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05"])
+def test_a_new_run_keeps_the_checkpoints_of_the_one_before(lessons, tmp_path, number):
+    folder = folder_of(lessons[number], tmp_path)
+    run_lesson(lessons[number], tmp_path, *FLAGS)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    run_lesson(lessons[number], tmp_path, *FLAGS, "--seed", 1)
+    kept = folder.with_name(f"{folder.name}_run_1")
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert load(folder / "latest_checkpoint.pth")["hyperparameters"]["seed"] == 1
+    run_lesson(lessons[number], tmp_path, "--resume", kept / "latest_checkpoint.pth", *FLAGS[2:])
+    assert load(folder / "latest_checkpoint.pth")["hyperparameters"]["seed"] == 1
 
 
 @pytest.mark.parametrize("number", ["03", "04", "05", "06"])

@@ -56,16 +56,33 @@ def test_cuda_that_is_missing_is_named(lessons, capsys):
         assert "'cuda' is not available on this machine" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_unusable_data_folder_gets_one_sentence(lessons, tmp_path, number):
+@pytest.mark.parametrize("flag", ["--data-dir", "--output-dir"])
+def test_unusable_folder_gets_one_sentence_and_status_1(tmp_path, flag):
+    """In a process, because the sentence comes from the lines below main(), which test_sync.py holds alike."""
     (tmp_path / "file").write_text("", encoding="utf-8")
-    for folder in [tmp_path / "file", tmp_path / "file" / "below"]:
-        with pytest.raises(SystemExit, match="Cannot use the data folder") as error:
-            lessons[number].main(["--data-dir", str(folder), "--output-dir", str(tmp_path / "out"), "--device", "cpu"])
-        assert "\n" not in str(error.value.code)
-    import socket
+    command = [sys.executable, str(PATHS["01"]), "--output-dir", str(tmp_path / "out"), flag, str(tmp_path / "file")]
+    command += ["--data", "digits"] if flag == "--output-dir" else []
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1 and "Epoch" not in process.stdout, "before the training, not after it"
+    (line,) = process.stderr.splitlines()
+    assert str(tmp_path / "file") in line and flag in line
 
-    socket.setdefaulttimeout(None)
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_unusable_folders_are_noticed_before_training(lessons, tmp_path, number, monkeypatch):
+    monkeypatch.setattr(lessons[number], "train_one_epoch", None)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    good = str(tmp_path / "good")
+    for data_dir, output_dir in [
+        (tmp_path / "file", good),
+        (tmp_path / "file" / "below", good),
+        (good, tmp_path / "file"),
+    ]:
+        data = "digits" if data_dir == good else "auto"
+        with pytest.raises(OSError, match="file"):
+            lessons[number].main(
+                ["--data", data, "--data-dir", str(data_dir), "--output-dir", str(output_dir), "--device", "cpu"]
+            )
 
 
 @pytest.mark.parametrize("number", NUMBERS)

@@ -86,6 +86,10 @@ def test_the_network_is_the_same_in_all_six():
     assert len({parts(number)["SimpleCNN"] for number in NUMBERS}) == 1
 
 
+def test_the_lines_below_main_are_the_same_in_all_six():
+    assert len({source[source.index('if __name__ == "__main__":') :] for source in SOURCES.values()}) == 1
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_marks_are_those_of_the_lesson_itself(number):
     marks = re.findall(r"# NEW in (0\d)", SOURCES[number])

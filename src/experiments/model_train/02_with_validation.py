@@ -60,7 +60,7 @@ class SimpleCNN(nn.Module):
         self.fc2 = nn.Linear(256, num_classes)
 
     def forward(self, x):  # (N, 3, 32, 32)
-        # Pooling before BatchNorm and ReLU leaves these two a quarter of the values: less work, quicker on a CPU.
+        # Pooling often comes last. Here it leaves BatchNorm and ReLU only a quarter of the values: quicker on a CPU.
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
         x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
         x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
@@ -71,16 +71,15 @@ class SimpleCNN(nn.Module):
 def load_data(name, data_dir, train):
     """Return a split's images uint8 (N, 32, 32, 3), its labels int64 (N,), the class names, and the data's name."""
     if name != "digits":
-        socket.setdefaulttimeout(15)  # seconds; without it a silent server would keep us waiting for ever
+        data_dir.mkdir(parents=True, exist_ok=True)
+        list(data_dir.iterdir())  # a folder that cannot be read is an error here, not a reason to download
+        socket.setdefaulttimeout(15)  # seconds; without it a silent server would keep us waiting forever
         for url in MIRRORS:
             CIFAR10.url = url
             try:
-                data_dir.mkdir(parents=True, exist_ok=True)
                 split = CIFAR10(data_dir, train=train, download=True)  # downloads only what is not there yet
                 return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
-            except (FileExistsError, NotADirectoryError, PermissionError) as error:
-                sys.exit(f"Cannot use the data folder {data_dir} ({error}). Name another one with --data-dir.")
-            except (OSError, RuntimeError, EOFError) as error:  # no network, a dead mirror or a wrong file
+            except Exception as error:  # no network, a dead mirror, a wrong file, ...
                 print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
         if name == "cifar10":
             sys.exit(f"CIFAR-10 is not in {data_dir} and no mirror answered. Put cifar-10-python.tar.gz there.")
@@ -89,7 +88,8 @@ def load_data(name, data_dir, train):
     digits = load_digits()  # 1,797 grey images of 8x8 pixels with values 0 to 16, bundled with scikit-learn
     chosen = (np.arange(len(digits.target)) % 5 != 4) == train  # every fifth image is for testing
     pixels = (digits.images[chosen] * 255 / 16).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)  # (N, 32, 32)
-    return torch.tensor(np.stack([pixels] * 3, axis=3)), torch.tensor(digits.target[chosen]), [*"0123456789"], "digits"
+    images = torch.tensor(np.stack([pixels] * 3, axis=3))  # (N, 32, 32, 3): red, green and blue alike
+    return images, torch.tensor(digits.target[chosen]), list("0123456789"), "digits"
 
 
 # NEW in 02: two splits of the training images
@@ -105,8 +105,8 @@ def split_train_val(images, labels, seed, subset):
 
 def to_input(images, device):
     """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
-    # permute() moves no bytes: a pixel's three values stay side by side, the "channels-last" layout that is fast here.
-    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), quick to convolve.
+    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # non_blocking: do not wait for the copy
     return (images.float() / 255 - MEAN.to(device, non_blocking=True)) / STD.to(device, non_blocking=True)
 
 
@@ -114,7 +114,9 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device):
     """Train on every batch of the loader once. Returns the mean loss and the accuracy in percent."""
     model.train()
     total_loss = correct = 0  # summed over images: in a mean of batch means, a smaller last batch would weigh too much
-    for images, labels in tqdm(loader, desc="training", leave=False, disable=None):  # NEW in 02: a progress bar
+    for images, labels in tqdm(
+        loader, desc="training", leave=False, disable=None
+    ):  # NEW in 02: a bar, in a terminal only
         images, labels = to_input(images, device), labels.to(device, non_blocking=True)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
         logits = model(images)  # (N, 10)
@@ -126,7 +128,7 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device):
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)
+        total_loss += loss.detach() * len(labels)  # detach(): the number alone, without what backward() needs
         correct += (logits.argmax(dim=1) == labels).sum()
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
@@ -151,7 +153,11 @@ def evaluate(model, loader, loss_fn, device):
 
 # NEW in 02: train, then validate
 def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device):
-    """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent."""
+    """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent.
+
+    The training figures are means over an epoch in which the network goes on learning, the validation figures those of
+    its end. So in the first epochs validation can look better than training.
+    """
     start = time.perf_counter()
     train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, device)
     seconds = time.perf_counter() - start
@@ -175,12 +181,16 @@ def show_modes(model, images, device):
         by_dropout = (model(inputs) - model(inputs)).abs().max().item()
         model.dropout.p = 0.0
         by_batch_norm = (model(inputs)[:4] - model(inputs[:4])).abs().max().item()  # 4 images: among others, alone
-        print(f"  {mode:5} mode: {by_dropout:7.4f} with Dropout, {by_batch_norm:7.4f} by BatchNorm in another batch")
+        print(f"  {mode:5} mode: Dropout moves them by up to {by_dropout:.4f},", end="")
+        print(f" other images in the batch (BatchNorm) by up to {by_batch_norm:.4f}")
 
 
 # NEW in 02: two signs of overfitting
 def find_overfitting(history):
-    """Return the signs of overfitting that the history shows, each with the first epoch that shows it."""
+    """Return the signs of overfitting that the history shows, each with the first epoch that shows it.
+
+    The limits, 10 points and 3 epochs, are rules of thumb.
+    """
     first_seen = {}
     for epoch, row in enumerate(history, start=1):
         if row["train_accuracy"] - row["val_accuracy"] > 10:
@@ -233,11 +243,11 @@ def train(args, train_set, val_set, class_names):
     val_loader = DataLoader(val_set, batch_size=1000)  # no gradients to keep, so batches can be large
     model = SimpleCNN(len(class_names)).to(args.device, memory_format=torch.channels_last)
     loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # momentum: keep 90 % of the last move
     run_dir = new_run_dir(args.output_dir / "tensor_board" / LESSON, args.data)
     history = []
     with SummaryWriter(run_dir) as writer:
-        writer.add_text("Hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
+        writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
         for epoch in range(1, args.epochs + 1):
             history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device))
             report_epoch(writer, epoch, args.epochs, history[-1])
@@ -247,18 +257,18 @@ def train(args, train_set, val_set, class_names):
     return model, history
 
 
-def number(kind, low, high):
+def between(kind, low, high):
     """Return a function that lets argparse read an int or a float from low to high."""
 
-    def parse(text):
+    def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
 
-    return parse
+    return number
 
 
-def device(name):
+def existing_device(name):
     """Let argparse read the name of a device that this machine has."""
     try:
         torch.ones(1, device=name).item()
@@ -272,15 +282,15 @@ def build_parser():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ...; None without one
     add = parser.add_argument
-    add("--epochs", type=number(int, 1, 100_000), default=10, help="passes over the training images")
-    add("--batch-size", type=number(int, 1, 100_000), default=128, help="images in one training step")
-    add("--lr", type=number(float, 0, 1e9), default=0.02, help="learning rate")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of all random numbers")
-    add("--device", type=device, default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
+    add("--epochs", type=between(int, 1, 100_000), default=10, help="passes over the training images")
+    add("--batch-size", type=between(int, 1, 10_000), default=128, help="images in one training step")
+    add("--lr", type=between(float, 0, 1e9), default=0.02, help="learning rate")
+    add("--seed", type=between(int, 0, 2**32 - 1), default=42, help="seed of all random numbers")
+    add("--device", type=existing_device, default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
     add("--data", choices=["auto", "cifar10", "digits"], default="auto", help="auto: digits if CIFAR-10 cannot be had")
     add("--data-dir", type=Path, default=ROOT / "data", help="folder of CIFAR-10, downloaded if it is not there")
     add("--output-dir", type=Path, default=ROOT, help="folder in which artifacts/ and tensor_board/ are written")
-    add("--subset", type=number(int, 1, 100_000), help="use only so many images of each split")
+    add("--subset", type=between(int, 1, 100_000), help="use only so many images of each split")
     return parser
 
 
@@ -296,10 +306,10 @@ def main(argv=None):
     print(f"Device: {args.device} | data: {args.data}, {sizes} | parameters: {parameters:,}")
 
     model, history = train(args, train_set, val_set, class_names)
-    show_modes(model, val_set[:64][0], args.device)
+    show_modes(model, val_set[:64][0], args.device)  # [0]: the images, without their labels
     signs = find_overfitting(history)
     for sign, epoch in signs.items():
-        print(f"Sign of overfitting from epoch {epoch} on: {sign}.")
+        print(f"Sign of overfitting, first seen in epoch {epoch}: {sign}.")
     print("Verdict: overfitting." if signs else f"Verdict: no sign of overfitting in {args.epochs} epochs.")
     best = max(history, key=lambda row: row["val_accuracy"])
     print(f"Best validation accuracy on {args.data}: {best['val_accuracy']:.2f} % in epoch {history.index(best) + 1}.")
@@ -311,3 +321,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # no permission, a file where a folder should be, a full disk, ...
+        sys.exit(f"Cannot use a file or folder: {error}. Name others with --data-dir and --output-dir.")

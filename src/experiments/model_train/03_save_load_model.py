@@ -70,7 +70,7 @@ class SimpleCNN(nn.Module):
         self.fc2 = nn.Linear(256, num_classes)
 
     def forward(self, x):  # (N, 3, 32, 32)
-        # Pooling before BatchNorm and ReLU leaves these two a quarter of the values: less work, quicker on a CPU.
+        # Pooling often comes last. Here it leaves BatchNorm and ReLU only a quarter of the values: quicker on a CPU.
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
         x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
         x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
@@ -81,16 +81,15 @@ class SimpleCNN(nn.Module):
 def load_data(name, data_dir, train):
     """Return a split's images uint8 (N, 32, 32, 3), its labels int64 (N,), the class names, and the data's name."""
     if name != "digits":
-        socket.setdefaulttimeout(15)  # seconds; without it a silent server would keep us waiting for ever
+        data_dir.mkdir(parents=True, exist_ok=True)
+        list(data_dir.iterdir())  # a folder that cannot be read is an error here, not a reason to download
+        socket.setdefaulttimeout(15)  # seconds; without it a silent server would keep us waiting forever
         for url in MIRRORS:
             CIFAR10.url = url
             try:
-                data_dir.mkdir(parents=True, exist_ok=True)
                 split = CIFAR10(data_dir, train=train, download=True)  # downloads only what is not there yet
                 return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
-            except (FileExistsError, NotADirectoryError, PermissionError) as error:
-                sys.exit(f"Cannot use the data folder {data_dir} ({error}). Name another one with --data-dir.")
-            except (OSError, RuntimeError, EOFError) as error:  # no network, a dead mirror or a wrong file
+            except Exception as error:  # no network, a dead mirror, a wrong file, ...
                 print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
         if name == "cifar10":
             sys.exit(f"CIFAR-10 is not in {data_dir} and no mirror answered. Put cifar-10-python.tar.gz there.")
@@ -99,7 +98,8 @@ def load_data(name, data_dir, train):
     digits = load_digits()  # 1,797 grey images of 8x8 pixels with values 0 to 16, bundled with scikit-learn
     chosen = (np.arange(len(digits.target)) % 5 != 4) == train  # every fifth image is for testing
     pixels = (digits.images[chosen] * 255 / 16).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)  # (N, 32, 32)
-    return torch.tensor(np.stack([pixels] * 3, axis=3)), torch.tensor(digits.target[chosen]), [*"0123456789"], "digits"
+    images = torch.tensor(np.stack([pixels] * 3, axis=3))  # (N, 32, 32, 3): red, green and blue alike
+    return images, torch.tensor(digits.target[chosen]), list("0123456789"), "digits"
 
 
 def split_train_val(images, labels, seed, subset):
@@ -114,8 +114,8 @@ def split_train_val(images, labels, seed, subset):
 
 def to_input(images, device):
     """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
-    # permute() moves no bytes: a pixel's three values stay side by side, the "channels-last" layout that is fast here.
-    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), quick to convolve.
+    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # non_blocking: do not wait for the copy
     return (images.float() / 255 - MEAN.to(device, non_blocking=True)) / STD.to(device, non_blocking=True)
 
 
@@ -135,7 +135,7 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device):
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)
+        total_loss += loss.detach() * len(labels)  # detach(): the number alone, without what backward() needs
         correct += (logits.argmax(dim=1) == labels).sum()
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
@@ -158,7 +158,11 @@ def evaluate(model, loader, loss_fn, device):
 
 
 def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device):
-    """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent."""
+    """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent.
+
+    The training figures are means over an epoch in which the network goes on learning, the validation figures those of
+    its end. So in the first epochs validation can look better than training.
+    """
     start = time.perf_counter()
     train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, device)
     seconds = time.perf_counter() - start
@@ -193,7 +197,7 @@ def report_epoch(writer, epoch, epochs, row):
 
 # NEW in 03: the state of everything that is random
 def get_random_states(shuffle):
-    """Collect the states of all random number generators, shuffle being the loader's own, in plain types."""
+    """Collect the states of the random number generators (shuffle is the loader's own) in plain types."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -228,7 +232,7 @@ def save_checkpoint(checkpoint, path):
 
 # NEW in 03: read it back, and trust nothing
 def load_checkpoint(path):
-    """Load a checkpoint of lessons 03 to 06. Returns it, and a new SimpleCNN on the CPU with its weights.
+    """Load a checkpoint that has all CHECKPOINT_KEYS. Returns it, and a new SimpleCNN on the CPU with its weights.
 
     weights_only=True takes tensors and plain Python values and nothing else: a .pth file is a pickle, and a pickle
     from a stranger can run any code when it is loaded. Exits with one sentence if the file cannot be used.
@@ -272,7 +276,7 @@ def describe(probabilities, class_names):
     return ", ".join(f"{class_names[i]} {100 * p:.1f} %" for p, i in zip(top.values, top.indices, strict=True))
 
 
-def train(args, train_set, val_set, class_names, checkpoint):
+def train(args, train_set, val_set, class_names, folder, checkpoint):
     """Train a new SimpleCNN as the command line says, or go on from a checkpoint; validate and save it every epoch.
 
     Returns the model and its history, a list with one dict of figures for each epoch. TensorBoard gets them too.
@@ -285,10 +289,9 @@ def train(args, train_set, val_set, class_names, checkpoint):
     val_loader = DataLoader(val_set, batch_size=1000)  # no gradients to keep, so batches can be large
     model = SimpleCNN(len(class_names)).to(args.device, memory_format=torch.channels_last)
     loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # momentum: keep 90 % of the last move
     run_dir = new_run_dir(args.output_dir / "tensor_board" / LESSON, args.data)
     history = []
-    folder = args.output_dir / "artifacts" / "checkpoints" / LESSON  # NEW in 03: save here
     # NEW in 03: put everything back as it was after the last saved epoch
     best_accuracy = -1.0
     if checkpoint:
@@ -297,9 +300,11 @@ def train(args, train_set, val_set, class_names, checkpoint):
         set_random_states(checkpoint["random_states"], shuffle)
         history, best_accuracy = checkpoint["history"], checkpoint["best_accuracy"]
         run_dir = run_dir.with_name(checkpoint["run"])  # go on in the same TensorBoard run
-    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # drops points that were never saved
+    with SummaryWriter(
+        run_dir, purge_step=len(history) + 1
+    ) as writer:  # purge_step: hide points of epochs that were not saved
         if not history:  # a new run
-            writer.add_text("Hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
+            writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
         for epoch in range(len(history) + 1, args.epochs + 1):
             history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device))
             report_epoch(writer, epoch, args.epochs, history[-1])
@@ -313,7 +318,7 @@ def train(args, train_set, val_set, class_names, checkpoint):
                 "next_epoch": epoch + 1,
                 "best_accuracy": best_accuracy,
                 "history": history,
-                "hyperparameters": {name: getattr(args, name) for name in HYPERPARAMETERS},
+                "hyperparameters": {key: getattr(args, key) for key in HYPERPARAMETERS},
                 "class_names": class_names,
                 "data": args.data,
                 "run": run_dir.name,
@@ -323,22 +328,22 @@ def train(args, train_set, val_set, class_names, checkpoint):
                 save_checkpoint(checkpoint, folder / "best_model.pth")
             if epoch % 5 == 0:
                 save_checkpoint(checkpoint, folder / f"checkpoint_epoch_{epoch}.pth")
-            save_checkpoint(checkpoint, folder / "latest_checkpoint.pth")  # last: it vouches for the others
+            save_checkpoint(checkpoint, folder / "latest_checkpoint.pth")  # last: the best is safe by then
     return model, history
 
 
-def number(kind, low, high):
+def between(kind, low, high):
     """Return a function that lets argparse read an int or a float from low to high."""
 
-    def parse(text):
+    def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
 
-    return parse
+    return number
 
 
-def device(name):
+def existing_device(name):
     """Let argparse read the name of a device that this machine has."""
     try:
         torch.ones(1, device=name).item()
@@ -352,17 +357,17 @@ def build_parser():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ...; None without one
     add = parser.add_argument
-    add("--epochs", type=number(int, 1, 100_000), default=10, help="passes over the training images")
-    add("--batch-size", type=number(int, 1, 100_000), default=128, help="images in one training step")
-    add("--lr", type=number(float, 0, 1e9), default=0.02, help="learning rate")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of all random numbers")
-    add("--device", type=device, default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
+    add("--epochs", type=between(int, 1, 100_000), default=10, help="passes over the training images")
+    add("--batch-size", type=between(int, 1, 10_000), default=128, help="images in one training step")
+    add("--lr", type=between(float, 0, 1e9), default=0.02, help="learning rate")
+    add("--seed", type=between(int, 0, 2**32 - 1), default=42, help="seed of all random numbers")
+    add("--device", type=existing_device, default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
     add("--data", choices=["auto", "cifar10", "digits"], default="auto", help="auto: digits if CIFAR-10 cannot be had")
     add("--data-dir", type=Path, default=ROOT / "data", help="folder of CIFAR-10, downloaded if it is not there")
     add("--output-dir", type=Path, default=ROOT, help="folder in which artifacts/ and tensor_board/ are written")
-    add("--subset", type=number(int, 1, 100_000), help="use only so many images of each split")
+    add("--subset", type=between(int, 1, 100_000), help="use only so many images of each split")
     # NEW in 03:
-    add("--resume", nargs="?", const="latest", metavar="PATH", help="go on from checkpoint PATH (default: the latest)")
+    add("--resume", nargs="?", const="latest", metavar="PATH", help="go on from PATH, or from the latest checkpoint")
     add("--predict", type=Path, metavar="IMAGE", help="classify this picture with the best model; no training")
     return parser
 
@@ -390,12 +395,14 @@ def main(argv=None):
         checkpoint, model = load_checkpoint(folder / "best_model.pth")
         probabilities = predict(model.to(args.device), read_picture(args.predict), args.device)[0]
         print(f"{args.predict}: {describe(probabilities, checkpoint['class_names'])}")
-        print(f"(says {folder / 'best_model.pth'}, trained on {checkpoint['data']})")
+        print(f"(one of the ten classes of {checkpoint['data']}, says {folder / 'best_model.pth'})")
         return
     checkpoint = None
     if args.resume:
-        checkpoint, _ = load_checkpoint(folder / "latest_checkpoint.pth" if args.resume == "latest" else args.resume)
+        path = folder / "latest_checkpoint.pth" if args.resume == "latest" else Path(args.resume)
+        checkpoint, _ = load_checkpoint(path)
         args = parse_again(parser, argv, checkpoint)
+        folder = path.parent
 
     images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # no longer "auto"
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
@@ -404,13 +411,18 @@ def main(argv=None):
     sizes = f"{len(train_set):,} training and {len(val_set):,} validation images"
     print(f"Device: {args.device} | data: {args.data}, {sizes} | parameters: {parameters:,}")
 
+    # NEW in 03: go on, or begin anew and keep what an earlier run saved
     if checkpoint:
         print(f"Resumed: {checkpoint['next_epoch'] - 1} of {args.epochs} epochs are done.")
+    elif folder.exists():
+        folder.rename(new_run_dir(folder.parent, LESSON))
     try:
-        _, history = train(args, train_set, val_set, class_names, checkpoint)
+        _, history = train(args, train_set, val_set, class_names, folder, checkpoint)
     except KeyboardInterrupt:
-        flags = f'--output-dir "{args.output_dir}" --data-dir "{args.data_dir}" --device {args.device}'
-        print(f'\nStopped. To go on after the last saved epoch: python "{__file__}" --resume {flags}')
+        if (folder / "latest_checkpoint.pth").exists():
+            flags = f'--epochs {args.epochs} --output-dir "{args.output_dir}" --data-dir "{args.data_dir}"'
+            print(f"\nStopped. To go on after the last saved epoch:\n{sys.executable}", end="")
+            print(f' "{__file__}" --resume "{folder / "latest_checkpoint.pth"}" {flags} --device {args.device}')
         raise
 
     # NEW in 03: the best model from its file, in a new network, on images that played no part in the training
@@ -431,3 +443,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # no permission, a file where a folder should be, a full disk, ...
+        sys.exit(f"Cannot use a file or folder: {error}. Name others with --data-dir and --output-dir.")

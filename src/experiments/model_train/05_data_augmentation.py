@@ -57,8 +57,9 @@ CHECKPOINT_KEYS |= {"hyperparameters", "class_names", "data", "run", "random_sta
 CHECKPOINT_KEYS |= {"scheduler", "arm", "finished"}
 
 # NEW in 05: what happens to the training images, in this order
-# Geometric transforms move the pixels and keep the label. Colour is changed in 3 groups of 10 only, because hue costs
-# more than all the rest. Erasing hides a patch of 2 to 15 % of the image, so that no single detail decides.
+# Geometric transforms move the pixels and keep the label (of a photograph: a mirrored digit is no digit). Colour is
+# changed in 3 of 10 groups only, because hue costs more than all the rest. Erasing hides a patch of 2 to 15 % of the
+# image, so that no single detail decides.
 AUGMENTATION = v2.Compose(
     [
         v2.RandomHorizontalFlip(p=0.5),
@@ -69,7 +70,7 @@ AUGMENTATION = v2.Compose(
     ]
 )
 
-# NEW in 05: each transform by itself, always applied and rather strong, for the eye and for the clock
+# NEW in 05: each transform alone, and always applied, to look at and to time; and two more to compare with
 SINGLE_TRANSFORMS = {
     "RandomHorizontalFlip": v2.RandomHorizontalFlip(p=1.0),
     "RandomCrop": v2.RandomCrop(32, padding=4),
@@ -105,7 +106,7 @@ class SimpleCNN(nn.Module):
         self.fc2 = nn.Linear(256, num_classes)
 
     def forward(self, x):  # (N, 3, 32, 32)
-        # Pooling before BatchNorm and ReLU leaves these two a quarter of the values: less work, quicker on a CPU.
+        # Pooling often comes last. Here it leaves BatchNorm and ReLU only a quarter of the values: quicker on a CPU.
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
         x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
         x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
@@ -116,16 +117,15 @@ class SimpleCNN(nn.Module):
 def load_data(name, data_dir, train):
     """Return a split's images uint8 (N, 32, 32, 3), its labels int64 (N,), the class names, and the data's name."""
     if name != "digits":
-        socket.setdefaulttimeout(15)  # seconds; without it a silent server would keep us waiting for ever
+        data_dir.mkdir(parents=True, exist_ok=True)
+        list(data_dir.iterdir())  # a folder that cannot be read is an error here, not a reason to download
+        socket.setdefaulttimeout(15)  # seconds; without it a silent server would keep us waiting forever
         for url in MIRRORS:
             CIFAR10.url = url
             try:
-                data_dir.mkdir(parents=True, exist_ok=True)
                 split = CIFAR10(data_dir, train=train, download=True)  # downloads only what is not there yet
                 return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
-            except (FileExistsError, NotADirectoryError, PermissionError) as error:
-                sys.exit(f"Cannot use the data folder {data_dir} ({error}). Name another one with --data-dir.")
-            except (OSError, RuntimeError, EOFError) as error:  # no network, a dead mirror or a wrong file
+            except Exception as error:  # no network, a dead mirror, a wrong file, ...
                 print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
         if name == "cifar10":
             sys.exit(f"CIFAR-10 is not in {data_dir} and no mirror answered. Put cifar-10-python.tar.gz there.")
@@ -134,7 +134,8 @@ def load_data(name, data_dir, train):
     digits = load_digits()  # 1,797 grey images of 8x8 pixels with values 0 to 16, bundled with scikit-learn
     chosen = (np.arange(len(digits.target)) % 5 != 4) == train  # every fifth image is for testing
     pixels = (digits.images[chosen] * 255 / 16).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)  # (N, 32, 32)
-    return torch.tensor(np.stack([pixels] * 3, axis=3)), torch.tensor(digits.target[chosen]), [*"0123456789"], "digits"
+    images = torch.tensor(np.stack([pixels] * 3, axis=3))  # (N, 32, 32, 3): red, green and blue alike
+    return images, torch.tensor(digits.target[chosen]), list("0123456789"), "digits"
 
 
 def split_train_val(images, labels, seed, subset):
@@ -149,8 +150,8 @@ def split_train_val(images, labels, seed, subset):
 
 def to_input(images, device):
     """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
-    # permute() moves no bytes: a pixel's three values stay side by side, the "channels-last" layout that is fast here.
-    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), quick to convolve.
+    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # non_blocking: do not wait for the copy
     return (images.float() / 255 - MEAN.to(device, non_blocking=True)) / STD.to(device, non_blocking=True)
 
 
@@ -183,7 +184,7 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, group_size=0):
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)
+        total_loss += loss.detach() * len(labels)  # detach(): the number alone, without what backward() needs
         correct += (logits.argmax(dim=1) == labels).sum()
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
@@ -206,7 +207,11 @@ def evaluate(model, loader, loss_fn, device):
 
 
 def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device, group_size=0):
-    """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent."""
+    """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent.
+
+    The training figures are means over an epoch in which the network goes on learning, the validation figures those of
+    its end. So in the first epochs validation can look better than training.
+    """
     start = time.perf_counter()
     train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, device, group_size)
     seconds = time.perf_counter() - start
@@ -240,7 +245,7 @@ def report_epoch(writer, epoch, epochs, row):
 
 
 def get_random_states(shuffle):
-    """Collect the states of all random number generators, shuffle being the loader's own, in plain types."""
+    """Collect the states of the random number generators (shuffle is the loader's own) in plain types."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -272,7 +277,7 @@ def save_checkpoint(checkpoint, path):
 
 
 def load_checkpoint(path):
-    """Load a checkpoint of lessons 03 to 06. Returns it, and a new SimpleCNN on the CPU with its weights.
+    """Load a checkpoint that has all CHECKPOINT_KEYS. Returns it, and a new SimpleCNN on the CPU with its weights.
 
     weights_only=True takes tensors and plain Python values and nothing else: a .pth file is a pickle, and a pickle
     from a stranger can run any code when it is loaded. Exits with one sentence if the file cannot be used.
@@ -291,10 +296,10 @@ def load_checkpoint(path):
     return checkpoint, model
 
 
-def train(args, name, train_set, val_set, class_names, checkpoint, finished):
+def train(args, name, train_set, val_set, class_names, folder, checkpoint, finished):
     """Train a new SimpleCNN as the named arm, or go on from a checkpoint; validate and save it every epoch.
 
-    Only the checkpoint needs finished, the histories of the arms before this one.
+    finished, the histories of the arms before this one, is only stored in the checkpoint.
 
     Returns the model and its history, a list with one dict of figures for each epoch. TensorBoard gets them too.
     """
@@ -305,15 +310,15 @@ def train(args, name, train_set, val_set, class_names, checkpoint, finished):
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle)
     val_loader = DataLoader(val_set, batch_size=1000)  # no gradients to keep, so batches can be large
     model = SimpleCNN(len(class_names), ARMS[name]["dropout"]).to(args.device, memory_format=torch.channels_last)
-    # NEW in 05: a recipe for longer training. Label smoothing asks for 91 % instead of 100 % for the true class; weight
-    # decay keeps weights small; Nesterov's momentum looks one step ahead; lesson 04's cosine ends at 0.
+    # NEW in 05: a recipe for longer training. Label smoothing asks for 91 % instead of 100 % for the true class, so
+    # that even a perfect network has a loss of 0.50: compare no loss with earlier lessons. Weight decay keeps weights
+    # small. Nesterov momentum takes the gradient where the momentum is about to lead.
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
     group_size = args.group_size if ARMS[name]["augment"] else 0
     run_dir = new_run_dir(args.output_dir / "tensor_board" / LESSON / name, args.data)
     history = []
-    folder = args.output_dir / "artifacts" / "checkpoints" / LESSON
 
     best_accuracy = -1.0
     if checkpoint:
@@ -323,9 +328,11 @@ def train(args, name, train_set, val_set, class_names, checkpoint, finished):
         set_random_states(checkpoint["random_states"], shuffle)
         history, best_accuracy = checkpoint["history"], checkpoint["best_accuracy"]
         run_dir = run_dir.with_name(checkpoint["run"])  # go on in the same TensorBoard run
-    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # drops points that were never saved
+    with SummaryWriter(
+        run_dir, purge_step=len(history) + 1
+    ) as writer:  # purge_step: hide points of epochs that were not saved
         if not history:  # a new run
-            writer.add_text("Hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
+            writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
         for epoch in range(len(history) + 1, args.epochs + 1):
             history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device, group_size))
             report_epoch(writer, epoch, args.epochs, history[-1])
@@ -343,7 +350,7 @@ def train(args, name, train_set, val_set, class_names, checkpoint, finished):
                 "next_epoch": epoch + 1,
                 "best_accuracy": best_accuracy,
                 "history": history,
-                "hyperparameters": {name: getattr(args, name) for name in HYPERPARAMETERS},
+                "hyperparameters": {key: getattr(args, key) for key in HYPERPARAMETERS},
                 "class_names": class_names,
                 "data": args.data,
                 "run": run_dir.name,
@@ -351,7 +358,7 @@ def train(args, name, train_set, val_set, class_names, checkpoint, finished):
             }
             if is_best:
                 save_checkpoint(checkpoint, folder / f"best_{name}.pth")
-            save_checkpoint(checkpoint, folder / "latest_checkpoint.pth")  # last: it vouches for the others
+            save_checkpoint(checkpoint, folder / "latest_checkpoint.pth")  # last: the best is safe by then
     return model, history
 
 
@@ -375,20 +382,19 @@ def plot_transforms(images, title, path):
 # NEW in 05: what they cost
 def print_costs(images):
     """Time each transform alone, and all together in groups of several sizes, on uint8 images (N, 32, 32, 3)."""
-    print(f"Cost on this machine, in ms for 1,000 images ({len(images):,} images, median of 5 rounds):")
-    groups = images.permute(0, 3, 1, 2).split(16)
-    tasks = {
-        f"{name}, groups of 16": lambda t=t: [t(group) for group in groups] for name, t in SINGLE_TRANSFORMS.items()
-    }
-    tasks |= {f"all together, groups of {size}": lambda size=size: augment(images, size) for size in [1, 8, 16, 128]}
-    seconds = {name: [] for name in tasks}
+    print(f"Cost in ms per 1,000 images on this CPU (timed on {len(images):,} images, median of 5 rounds):")
+    tasks = [(name, transform, 16) for name, transform in SINGLE_TRANSFORMS.items()]
+    tasks += [("all together", AUGMENTATION, group_size) for group_size in [1, 8, 16, 128]]
+    times = {}
     for _ in range(5):  # in turn, so that a slow moment of the machine hits all alike
-        for name, task in tasks.items():
+        for name, transform, group_size in tasks:
+            groups = images.permute(0, 3, 1, 2).split(group_size)
             start = time.perf_counter()
-            task()
-            seconds[name].append(time.perf_counter() - start)
-    for name, times in seconds.items():
-        print(f"  {name:34} {np.median(times) / len(images) * 1e6:7.1f}")
+            for group in groups:
+                transform(group)
+            times.setdefault((name, group_size), []).append(time.perf_counter() - start)
+    for (name, group_size), seconds in times.items():
+        print(f"  {name + f', groups of {group_size}':34} {np.median(seconds) / len(images) * 1e6:7.1f}")
 
 
 # NEW in 05: the arms side by side
@@ -413,7 +419,7 @@ def plot_comparison(histories, title, path):
 
 def print_ranking(histories, images):
     """Print the arms by their best validation accuracy, which was measured on that many images."""
-    best_row = {name: max(history, key=lambda row: row["val_accuracy"]) for name, history in histories.items()}
+    best_row = {arm: max(history, key=lambda row: row["val_accuracy"]) for arm, history in histories.items()}
     ranking = sorted(best_row, key=lambda name: best_row[name]["val_accuracy"], reverse=True)
     top = best_row[ranking[0]]["val_accuracy"]
     # An accuracy is a mean of n values that are 0 or 1, and such a mean p has the standard error sqrt(p (1 - p) / n).
@@ -431,9 +437,9 @@ def print_ranking(histories, images):
 # NEW in 05: does it overfit? In words and numbers
 def print_analysis(histories, folder, train_set, args):
     """Say of each arm how far training and validation accuracy are apart, and what it cost."""
-    loader = DataLoader(torch.utils.data.Subset(train_set, range(min(10_000, len(train_set)))), batch_size=1000)
-    print("Overfitting, by the best model of each arm. Training accuracy is measured here on images as they are, not")
-    print("augmented: on the augmented ones, which are harder, the gap in the curves looks smaller than it is.")
+    loader = DataLoader(TensorDataset(*train_set[:10_000]), batch_size=1000)
+    print("Overfitting, by the best model of each arm. Training accuracy is measured here on images as they are")
+    print(f"({len(loader.dataset):,} of them): on augmented ones, which are harder, the gap looks smaller than it is.")
     for name, history in histories.items():
         checkpoint, model = load_checkpoint(folder / f"best_{name}.pth")
         model.to(args.device, memory_format=torch.channels_last)
@@ -446,18 +452,18 @@ def print_analysis(histories, folder, train_set, args):
         )
 
 
-def number(kind, low, high):
+def between(kind, low, high):
     """Return a function that lets argparse read an int or a float from low to high."""
 
-    def parse(text):
+    def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
 
-    return parse
+    return number
 
 
-def device(name):
+def existing_device(name):
     """Let argparse read the name of a device that this machine has."""
     try:
         torch.ones(1, device=name).item()
@@ -471,19 +477,19 @@ def build_parser():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ...; None without one
     add = parser.add_argument
-    add("--epochs", type=number(int, 1, 100_000), default=30, help="passes over the training images")
-    add("--batch-size", type=number(int, 1, 100_000), default=128, help="images in one training step")
-    add("--lr", type=number(float, 0, 1e9), default=0.05, help="learning rate")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of all random numbers")
-    add("--device", type=device, default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
+    add("--epochs", type=between(int, 1, 100_000), default=30, help="passes over the training images")
+    add("--batch-size", type=between(int, 1, 10_000), default=128, help="images in one training step")
+    add("--lr", type=between(float, 0, 1e9), default=0.05, help="learning rate")
+    add("--seed", type=between(int, 0, 2**32 - 1), default=42, help="seed of all random numbers")
+    add("--device", type=existing_device, default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
     add("--data", choices=["auto", "cifar10", "digits"], default="auto", help="auto: digits if CIFAR-10 cannot be had")
     add("--data-dir", type=Path, default=ROOT / "data", help="folder of CIFAR-10, downloaded if it is not there")
     add("--output-dir", type=Path, default=ROOT, help="folder in which artifacts/ and tensor_board/ are written")
-    add("--subset", type=number(int, 1, 100_000), help="use only so many images of each split")
+    add("--subset", type=between(int, 1, 100_000), help="use only so many images of each split")
 
-    add("--resume", nargs="?", const="latest", metavar="PATH", help="go on from checkpoint PATH (default: the latest)")
+    add("--resume", nargs="?", const="latest", metavar="PATH", help="go on from PATH, or from the latest checkpoint")
     # NEW in 05:
-    add("--group-size", type=number(int, 1, 100_000), default=16, help="images that share one random transform")
+    add("--group-size", type=between(int, 1, 100_000), default=16, help="images that share one random transform")
     return parser
 
 
@@ -506,8 +512,10 @@ def main(argv=None):
     folder = args.output_dir / "artifacts" / "checkpoints" / LESSON
     checkpoint = None
     if args.resume:
-        checkpoint, _ = load_checkpoint(folder / "latest_checkpoint.pth" if args.resume == "latest" else args.resume)
+        path = folder / "latest_checkpoint.pth" if args.resume == "latest" else Path(args.resume)
+        checkpoint, _ = load_checkpoint(path)
         args = parse_again(parser, argv, checkpoint)
+        folder = path.parent
 
     images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # no longer "auto"
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
@@ -525,16 +533,20 @@ def main(argv=None):
     if checkpoint:
         histories = checkpoint["finished"]
         print(f"Resumed: {checkpoint['arm']}, {checkpoint['next_epoch'] - 1} of {args.epochs} epochs are done.")
+    elif folder.exists():
+        folder.rename(new_run_dir(folder.parent, LESSON))
     for name in ARMS:
         if name in histories:
             continue  # finished before the run was stopped
         print(f"{name}:")
         resumed = checkpoint if checkpoint and checkpoint["arm"] == name else None
         try:
-            _, histories[name] = train(args, name, train_set, val_set, class_names, resumed, dict(histories))
+            _, histories[name] = train(args, name, train_set, val_set, class_names, folder, resumed, dict(histories))
         except KeyboardInterrupt:
-            flags = f'--output-dir "{args.output_dir}" --data-dir "{args.data_dir}" --device {args.device}'
-            print(f'\nStopped. To go on after the last saved epoch: python "{__file__}" --resume {flags}')
+            if (folder / "latest_checkpoint.pth").exists():
+                flags = f'--epochs {args.epochs} --output-dir "{args.output_dir}" --data-dir "{args.data_dir}"'
+                print(f"\nStopped. To go on after the last saved epoch:\n{sys.executable}", end="")
+                print(f' "{__file__}" --resume "{folder / "latest_checkpoint.pth"}" {flags} --device {args.device}')
             raise
 
     plot_comparison(histories, f"SimpleCNN on {args.data}", artifacts / "augmentation_comparison.png")
@@ -550,3 +562,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # no permission, a file where a folder should be, a full disk, ...
+        sys.exit(f"Cannot use a file or folder: {error}. Name others with --data-dir and --output-dir.")

@@ -15,6 +15,7 @@ and evaluation_report.json in artifacts/; and a TensorBoard run.
 """
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -54,10 +55,11 @@ MIRRORS = [
 ]
 
 # What every checkpoint holds
-CHECKPOINT_KEYS = {"lesson", "model", "next_epoch", "best_accuracy", "class_names", "data"}
+CHECKPOINT_KEYS = {"lesson", "model", "next_epoch", "best_accuracy", "hyperparameters", "class_names", "data"}
 
-# Geometric transforms move the pixels and keep the label. Colour is changed in 3 groups of 10 only, because hue costs
-# more than all the rest. Erasing hides a patch of 2 to 15 % of the image, so that no single detail decides.
+# Geometric transforms move the pixels and keep the label (of a photograph: a mirrored digit is no digit). Colour is
+# changed in 3 of 10 groups only, because hue costs more than all the rest. Erasing hides a patch of 2 to 15 % of the
+# image, so that no single detail decides.
 AUGMENTATION = v2.Compose(
     [
         v2.RandomHorizontalFlip(p=0.5),
@@ -85,7 +87,7 @@ class SimpleCNN(nn.Module):
         self.fc2 = nn.Linear(256, num_classes)
 
     def forward(self, x):  # (N, 3, 32, 32)
-        # Pooling before BatchNorm and ReLU leaves these two a quarter of the values: less work, quicker on a CPU.
+        # Pooling often comes last. Here it leaves BatchNorm and ReLU only a quarter of the values: quicker on a CPU.
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
         x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
         x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
@@ -96,16 +98,15 @@ class SimpleCNN(nn.Module):
 def load_data(name, data_dir, train):
     """Return a split's images uint8 (N, 32, 32, 3), its labels int64 (N,), the class names, and the data's name."""
     if name != "digits":
-        socket.setdefaulttimeout(15)  # seconds; without it a silent server would keep us waiting for ever
+        data_dir.mkdir(parents=True, exist_ok=True)
+        list(data_dir.iterdir())  # a folder that cannot be read is an error here, not a reason to download
+        socket.setdefaulttimeout(15)  # seconds; without it a silent server would keep us waiting forever
         for url in MIRRORS:
             CIFAR10.url = url
             try:
-                data_dir.mkdir(parents=True, exist_ok=True)
                 split = CIFAR10(data_dir, train=train, download=True)  # downloads only what is not there yet
                 return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
-            except (FileExistsError, NotADirectoryError, PermissionError) as error:
-                sys.exit(f"Cannot use the data folder {data_dir} ({error}). Name another one with --data-dir.")
-            except (OSError, RuntimeError, EOFError) as error:  # no network, a dead mirror or a wrong file
+            except Exception as error:  # no network, a dead mirror, a wrong file, ...
                 print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
         if name == "cifar10":
             sys.exit(f"CIFAR-10 is not in {data_dir} and no mirror answered. Put cifar-10-python.tar.gz there.")
@@ -114,7 +115,8 @@ def load_data(name, data_dir, train):
     digits = load_digits()  # 1,797 grey images of 8x8 pixels with values 0 to 16, bundled with scikit-learn
     chosen = (np.arange(len(digits.target)) % 5 != 4) == train  # every fifth image is for testing
     pixels = (digits.images[chosen] * 255 / 16).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)  # (N, 32, 32)
-    return torch.tensor(np.stack([pixels] * 3, axis=3)), torch.tensor(digits.target[chosen]), [*"0123456789"], "digits"
+    images = torch.tensor(np.stack([pixels] * 3, axis=3))  # (N, 32, 32, 3): red, green and blue alike
+    return images, torch.tensor(digits.target[chosen]), list("0123456789"), "digits"
 
 
 def split_train_val(images, labels, seed, subset):
@@ -129,8 +131,8 @@ def split_train_val(images, labels, seed, subset):
 
 def to_input(images, device):
     """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
-    # permute() moves no bytes: a pixel's three values stay side by side, the "channels-last" layout that is fast here.
-    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), quick to convolve.
+    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # non_blocking: do not wait for the copy
     return (images.float() / 255 - MEAN.to(device, non_blocking=True)) / STD.to(device, non_blocking=True)
 
 
@@ -162,7 +164,7 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, group_size=0):
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)
+        total_loss += loss.detach() * len(labels)  # detach(): the number alone, without what backward() needs
         correct += (logits.argmax(dim=1) == labels).sum()
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
@@ -185,7 +187,11 @@ def evaluate(model, loader, loss_fn, device):
 
 
 def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device, group_size=0):
-    """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent."""
+    """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent.
+
+    The training figures are means over an epoch in which the network goes on learning, the validation figures those of
+    its end. So in the first epochs validation can look better than training.
+    """
     start = time.perf_counter()
     train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, device, group_size)
     seconds = time.perf_counter() - start
@@ -230,7 +236,7 @@ def save_checkpoint(checkpoint, path):
 
 
 def load_checkpoint(path):
-    """Load a checkpoint of lessons 03 to 06. Returns it, and a new SimpleCNN on the CPU with its weights.
+    """Load a checkpoint that has all CHECKPOINT_KEYS. Returns it, and a new SimpleCNN on the CPU with its weights.
 
     weights_only=True takes tensors and plain Python values and nothing else: a .pth file is a pickle, and a pickle
     from a stranger can run any code when it is loaded. Exits with one sentence if the file cannot be used.
@@ -269,20 +275,21 @@ def train(args, train_set, val_set, class_names, writer, path):
         scheduler.step()
         if row["val_accuracy"] > best_accuracy:  # chosen on validation images: the test images choose nothing
             best_accuracy = row["val_accuracy"]
-            checkpoint = {
+            best = {
                 "lesson": LESSON,
-                "model": model.state_dict(),
+                "model": copy.deepcopy(model.state_dict()),  # a copy: the state dict itself changes with the model
                 "next_epoch": epoch + 1,
                 "best_accuracy": best_accuracy,
+                "hyperparameters": {key: getattr(args, key) for key in ["epochs", "subset", "seed"]},
                 "class_names": class_names,
                 "data": args.data,
             }
-            save_checkpoint(checkpoint, path)
+    save_checkpoint(best, path)  # at the end only, so that no later run takes a stopped training for a finished one
 
 
 # NEW in 06: from scores to a decision
 def explain_argmax():
-    """Print what argmax does with one, two and three dimensions of numbers, in NumPy and in torch."""
+    """Print what argmax does with five scores, one image's logits and a batch's logits, in NumPy and in torch."""
     print("argmax tells at which position the largest value stands, counted from 0; max tells how large it is.")
     scores = np.array([0.1, 0.3, 0.8, 0.2, 0.5])
     print(f"1. Five scores, {scores.tolist()}: max {scores.max()}, argmax {scores.argmax()}.")
@@ -299,7 +306,7 @@ def explain_argmax():
     print(
         f"3. A batch of three images, shape {tuple(batch.shape)}. dim=1 compares along the row of each image and gives"
     )
-    print(f"   one class an image: {by_torch.tolist()}. NumPy says axis=1: {by_numpy.tolist()}. dim=0 would compare")
+    print(f"   one class per image: {by_torch.tolist()}. NumPy says axis=1: {by_numpy.tolist()}. dim=0 would compare")
     print(f"   the three images in each column, and name the winners: {batch.argmax(dim=0).tolist()}.")
 
 
@@ -324,9 +331,11 @@ def measure(logits, labels, class_names):
     confidence, predicted = F.softmax(logits, dim=1).max(dim=1)  # the largest probability, and where it stands
     right = (predicted == labels).double()
     accuracy = right.mean().item()
-    margin = 1.96 * (accuracy * (1 - accuracy) / len(labels)) ** 0.5  # 1.96 standard errors, as in lesson 04
+    margin = 1.96 * (accuracy * (1 - accuracy) / len(labels)) ** 0.5  # 95 %; too narrow near 0 and 1
     matrix = confusion_matrix(labels, predicted, labels=classes)
-    pairs = [(int(matrix[i, j]), class_names[i], class_names[j]) for i in classes for j in classes if i != j]
+    pairs = [
+        (int(matrix[i, j]), class_names[i], class_names[j]) for i in classes for j in classes if i != j and matrix[i, j]
+    ]
     by_class = classification_report(
         labels, predicted, labels=classes, target_names=class_names, output_dict=True, zero_division=0
     )
@@ -439,18 +448,18 @@ def print_report(report):
     print(f" its accuracy {100 * report['accuracy']:.1f} %.")
 
 
-def number(kind, low, high):
+def between(kind, low, high):
     """Return a function that lets argparse read an int or a float from low to high."""
 
-    def parse(text):
+    def number(text):
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
 
-    return parse
+    return number
 
 
-def device(name):
+def existing_device(name):
     """Let argparse read the name of a device that this machine has."""
     try:
         torch.ones(1, device=name).item()
@@ -464,17 +473,17 @@ def build_parser():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ...; None without one
     add = parser.add_argument
-    add("--epochs", type=number(int, 1, 100_000), default=30, help="passes over the training images")
-    add("--batch-size", type=number(int, 1, 100_000), default=128, help="images in one training step")
-    add("--lr", type=number(float, 0, 1e9), default=0.05, help="learning rate")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="seed of all random numbers")
-    add("--device", type=device, default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
+    add("--epochs", type=between(int, 1, 100_000), default=30, help="passes over the training images")
+    add("--batch-size", type=between(int, 1, 10_000), default=128, help="images in one training step")
+    add("--lr", type=between(float, 0, 1e9), default=0.05, help="learning rate")
+    add("--seed", type=between(int, 0, 2**32 - 1), default=42, help="seed of all random numbers")
+    add("--device", type=existing_device, default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
     add("--data", choices=["auto", "cifar10", "digits"], default="auto", help="auto: digits if CIFAR-10 cannot be had")
     add("--data-dir", type=Path, default=ROOT / "data", help="folder of CIFAR-10, downloaded if it is not there")
     add("--output-dir", type=Path, default=ROOT, help="folder in which artifacts/ and tensor_board/ are written")
-    add("--subset", type=number(int, 1, 100_000), help="use only so many images of each split")
+    add("--subset", type=between(int, 1, 100_000), help="use only so many images of each split")
 
-    add("--group-size", type=number(int, 1, 100_000), default=16, help="images that share one random transform")
+    add("--group-size", type=between(int, 1, 100_000), default=16, help="images that share one random transform")
     # NEW in 06:
     add("--checkpoint", type=Path, help="evaluate this model of lessons 03 to 06 and train none")
     return parser
@@ -500,10 +509,11 @@ def main(argv=None):
         if args.data not in ["auto", checkpoint["data"]]:
             sys.exit(f"{path} was trained on {checkpoint['data']}, so it cannot be tested with --data {args.data}.")
         args.data = checkpoint["data"]
-        print(f"No training: evaluating {path}. (To train a new model, name a new --output-dir.)")
+        settings = ", ".join(f"{key} {value}" for key, value in checkpoint["hyperparameters"].items())
+        print(f"No training, and no use for its flags: there is {path} ({settings}). Delete it to train a new model.")
 
     with SummaryWriter(new_run_dir(args.output_dir / "tensor_board" / LESSON, args.data)) as writer:
-        writer.add_text("Hyperparameters", "  \n".join(f"{name}: {value}" for name, value in vars(args).items()))
+        writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
         if must_train:
             train(args, train_set, val_set, class_names, writer, path)
             checkpoint, model = load_checkpoint(path)
@@ -512,9 +522,11 @@ def main(argv=None):
         images, labels = images[: args.subset], labels[: args.subset]
         model.to(args.device, memory_format=torch.channels_last)
         logits = compute_logits(model, DataLoader(TensorDataset(images, labels), batch_size=1000), args.device)
-        title = f"best model of {checkpoint['lesson']} on {len(labels):,} test images of {args.data}"
+        if not logits.isfinite().all():
+            sys.exit(f"The network in {path} answers NaN: its training diverged. Delete the file, and lower --lr.")
+        title = f"{path.name} of {checkpoint['lesson']} on {len(labels):,} test images of {args.data}"
         report = {"model": title, "checkpoint": str(path)} | measure(logits, labels, class_names)
-        print(f"Evaluation of the {title} (validation accuracy {checkpoint['best_accuracy']:.2f} %)")
+        print(f"Evaluation of {title} (best validation accuracy of its training: {checkpoint['best_accuracy']:.2f} %)")
         print_report(report)
         (artifacts / "evaluation_report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
         figures = {
@@ -538,3 +550,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # no permission, a file where a folder should be, a full disk, ...
+        sys.exit(f"Cannot use a file or folder: {error}. Name others with --data-dir and --output-dir.")
