@@ -4,7 +4,7 @@ import copy
 import os
 import pickle
 import random
-import shlex
+import re
 import subprocess
 import sys
 
@@ -78,7 +78,8 @@ def test_resumed_in_a_new_process_equals_uninterrupted(lessons, tmp_path, number
     assert stopped.returncode == 130, stopped.stderr
     assert "Traceback" not in stopped.stderr
     command = next(line for line in stopped.stdout.splitlines() if "--resume" in line)
-    resumed = subprocess.run(shlex.split(command), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    words = [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|(\S+)', command)]
+    resumed = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert resumed.returncode == 0, resumed.stderr
     run_lesson(lesson, tmp_path / "b", *flags)
     for path in folder_of(lesson, tmp_path / "b").iterdir():

@@ -85,7 +85,7 @@ def load_data(name, data_dir, train):
     chosen = (np.arange(len(digits.target)) % 5 != 4) == train  # every fifth image is for testing
     pixels = (digits.images[chosen] * 255 / 16).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)  # (N, 32, 32)
     images = torch.tensor(np.stack([pixels] * 3, axis=3))  # (N, 32, 32, 3): red, green and blue alike
-    return images, torch.tensor(digits.target[chosen]), list("0123456789"), "digits"
+    return images, torch.tensor(digits.target[chosen], dtype=torch.int64), list("0123456789"), "digits"
 
 
 def to_input(images, device):

@@ -3,13 +3,13 @@
 New since lesson 05: argmax from the ground up; precision, recall and F1 of every class; the confusion matrix; top-k
 accuracy; how far the network's confidence can be trusted; and the pictures it gets wrong.
 
-    python src/experiments/model_train/06_detailed_evaluation.py                            # the whole lesson
-    python src/experiments/model_train/06_detailed_evaluation.py --epochs 2 --subset 2000   # a look within a minute
-    python src/experiments/model_train/06_detailed_evaluation.py --checkpoint PATH    # a model of lesson 03, 04 or 05
-    tensorboard --logdir tensor_board/06_detailed_evaluation                                # figures and PR curves
+    python src/experiments/model_train/06_detailed_evaluation.py                        # the whole lesson
+    python src/experiments/model_train/06_detailed_evaluation.py --checkpoint PATH      # a model of lesson 03, 04 or 05
+    python src/experiments/model_train/06_detailed_evaluation.py --epochs 2 --subset 2000 --output-dir quick    # a look
+    tensorboard --logdir tensor_board/06_detailed_evaluation                            # figures and PR curves
 
 The first run trains a model by the recipe of lesson 05 and keeps it; later runs only evaluate it.
-EXPECT
+E06
 It writes artifacts/checkpoints/best_model_eval.pth; confusion_matrix.png, confidence_analysis.png, error_samples.png
 and evaluation_report.json in artifacts/; and a TensorBoard run.
 """
@@ -116,7 +116,7 @@ def load_data(name, data_dir, train):
     chosen = (np.arange(len(digits.target)) % 5 != 4) == train  # every fifth image is for testing
     pixels = (digits.images[chosen] * 255 / 16).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)  # (N, 32, 32)
     images = torch.tensor(np.stack([pixels] * 3, axis=3))  # (N, 32, 32, 3): red, green and blue alike
-    return images, torch.tensor(digits.target[chosen]), list("0123456789"), "digits"
+    return images, torch.tensor(digits.target[chosen], dtype=torch.int64), list("0123456789"), "digits"
 
 
 def split_train_val(images, labels, seed, subset):
