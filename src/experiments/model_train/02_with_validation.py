@@ -8,6 +8,8 @@ New since lesson 01: a validation split, train and eval mode, TensorBoard, and t
 
 Expect 74.8 % validation accuracy in 2 minutes (2 CPU cores, JPEG copy of CIFAR-10, seed 42), and overfitting.
 It writes a run to tensor_board/02_with_validation/.
+
+Exercises: EX2
 """
 
 import argparse

@@ -8,10 +8,12 @@ accuracy; how far the network's confidence can be trusted; and the pictures it g
     python src/experiments/model_train/06_detailed_evaluation.py --epochs 2 --subset 2000 --output-dir quick    # a look
     tensorboard --logdir tensor_board/06_detailed_evaluation                            # figures and PR curves
 
-The first run trains a model by the recipe of lesson 05 and keeps it; later runs only evaluate it.
-E06
+The first run trains a model by the recipe of lesson 05 and keeps it; later runs only evaluate it. Expect 81.4 % test
+accuracy in 9 minutes (2 CPU cores, JPEG copy of CIFAR-10, seed 42), an underconfident network, and trouble with cats.
 It writes artifacts/checkpoints/best_model_eval.pth; confusion_matrix.png, confidence_analysis.png, error_samples.png
 and evaluation_report.json in artifacts/; and a TensorBoard run.
+
+Exercises: EX6
 """
 
 import argparse
@@ -510,7 +512,9 @@ def main(argv=None):
             sys.exit(f"{path} was trained on {checkpoint['data']}, so it cannot be tested with --data {args.data}.")
         args.data = checkpoint["data"]
         settings = ", ".join(f"{key} {value}" for key, value in checkpoint["hyperparameters"].items())
-        print(f"No training, and no use for its flags: there is {path} ({settings}). Delete it to train a new model.")
+        print(f"No training, so its flags are ignored: {path} was trained before ({settings}).")
+        if not args.checkpoint:
+            print("To train a new model, delete that file.")
 
     with SummaryWriter(new_run_dir(args.output_dir / "tensor_board" / LESSON, args.data)) as writer:
         writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
