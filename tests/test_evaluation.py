@@ -145,7 +145,7 @@ def test_confidence_picture_separates_right_from_wrong(lessons, four):
 def test_diagnosis_names_weakest_class_worst_pair_and_attitude(lessons, four, capsys):
     lessons["06"].print_report(lessons["06"].measure(*four, NAMES))
     output = capsys.readouterr().out
-    assert "the worst pair is class 2 taken for class 1" in output and "overconfident" in output
+    assert "the worst pair is class 2 taken for class 1 1 times" in output and "overconfident" in output
     assert "accuracy 50.00 %" in output and "1.00 to 99.00 %" in output and "top-3 75.00 %" in output
 
 

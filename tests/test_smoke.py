@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -122,10 +123,11 @@ def test_06_report_is_complete_and_names_its_data(finished):
     assert "Diagnosis: " in finished("06").output
 
 
-def test_06_does_not_train_again_and_evaluates_other_lessons_checkpoints(finished, lessons):
-    again = run_lesson(lessons["06"], finished("06").folder)
+def test_06_does_not_train_again_and_evaluates_other_lessons_checkpoints(finished, lessons, tmp_path):
+    shutil.copytree(finished("06").artifacts, tmp_path / "artifacts")
+    again = run_lesson(lessons["06"], tmp_path)
     assert "No training" in again and "Epoch" not in again
     path = finished("05").artifacts / "checkpoints" / "05_data_augmentation" / "best_with_augmentation.pth"
     assert "best_with_augmentation.pth of 05_data_augmentation on 256 test images" in run_lesson(
-        lessons["06"], finished("06").folder, "--checkpoint", path
+        lessons["06"], tmp_path, "--checkpoint", path
     )

@@ -5,7 +5,7 @@
 
 Expect 86 % training accuracy in 70 s (2 CPU cores, JPEG copy of CIFAR-10, seed 42) and artifacts/01_basic_training.png.
 
-Exercises: 1. Take out optimizer.zero_grad(): the gradients of all batches add up, and the loss climbs to 39 in one epoch.
+Exercises: 1. Take out optimizer.zero_grad(): the gradients of all batches add up; the loss climbs to 39 in one epoch.
 2. Try --lr 0.0005 and --lr 5: the first has 32 % after one epoch instead of 56 %, the second a loss of nan.
 """
 
