@@ -354,14 +354,14 @@ def plot_arms(histories, key, ylabel, title, path):
 
 
 # NEW in 04: who won, and whether it means anything
-def print_ranking(histories, images):
-    """Print the arms by their best validation accuracy, which was measured on that many images."""
+def print_ranking(histories, images, data):
+    """Print the arms by their best validation accuracy, which was measured on that many images of the data."""
     best_row = {arm: max(history, key=lambda row: row["val_accuracy"]) for arm, history in histories.items()}
     ranking = sorted(best_row, key=lambda name: best_row[name]["val_accuracy"], reverse=True)
     top = best_row[ranking[0]]["val_accuracy"]
     # An accuracy is a mean of n values that are 0 or 1, and such a mean p has the standard error sqrt(p (1 - p) / n).
     error = 100 * (top / 100 * (1 - top / 100) / images) ** 0.5
-    print(f"Best validation accuracy of each arm; one standard error, with {images:,} images, is {error:.3f} points:")
+    print(f"Best validation accuracy on {images:,} images of {data}; one standard error is {error:.3f} points:")
     for name in ranking:
         behind = top - best_row[name]["val_accuracy"]
         note = "" if name == ranking[0] else f"  {behind:5.2f} behind"
@@ -470,7 +470,7 @@ def main(argv=None):
     title = f"SimpleCNN on {args.data}"
     plot_arms(histories, "lr", "learning rate", f"Learning rate: {title}", artifacts / "lr_schedules.png")
     plot_arms(histories, "val_accuracy", "validation accuracy (%)", title, artifacts / "lr_comparison.png")
-    print_ranking(histories, len(val_set))
+    print_ranking(histories, len(val_set), args.data)
     print(f"Pictures: {artifacts / 'lr_schedules.png'}, {artifacts / 'lr_comparison.png'}")
     print(f"The checkpoints are in {folder}.")
     print(f'Done. To see the curves: tensorboard --logdir "{args.output_dir / "tensor_board" / LESSON}"')
