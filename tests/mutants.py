@@ -33,6 +33,8 @@ MUTANTS = {
         "123456",
         "        loss.backward()\n",
         "        optimizer.step()\n        loss.backward()\n",
+        "scales how far.\n        optimizer.step()\n",
+        "scales how far.\n",
     ),
     "validate in train mode": (
         "23456",
@@ -61,7 +63,7 @@ MUTANTS = {
     "softmax in the network": ("123456", "return self.fc2(x)", "return F.softmax(self.fc2(x), dim=1)"),
     "wrong standard deviation": ("123456", "[0.2470, 0.2435, 0.2616]", "[0.2023, 0.1994, 0.2010]"),
     "forget to scale to 0..1": ("123456", "images.float() / 255 - MEAN", "images.float() - MEAN"),
-    "swap height and width": ("123456", "permute(0, 3, 1, 2)\n    return", "permute(0, 3, 2, 1)\n    return"),
+    "swap height and width": ("123456", "permute(0, 3, 1, 2)  # non_blocking", "permute(0, 3, 2, 1)  # non_blocking"),
     "no progress over dead mirrors": ("123456", "for url in MIRRORS:", "for url in MIRRORS[:1]:"),
     "trust a training that was stopped": ("6", "    save_checkpoint(best, path)", "            save_checkpoint(best, path)"),
     "keep the live weights": ("6", "copy.deepcopy(model.state_dict())", "model.state_dict()"),

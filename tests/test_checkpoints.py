@@ -113,6 +113,21 @@ def test_05_resumed_equals_uninterrupted(lessons, tmp_path, monkeypatch):
         assert_same_state(load(folder_of(lesson, tmp_path / "a") / path.name), load(path))
 
 
+def test_06_keeps_no_model_of_a_training_that_was_stopped(lessons, tmp_path, monkeypatch):
+    """Otherwise the next run would evaluate it as if it were finished."""
+    lesson, reports = lessons["06"], []
+
+    def interrupt(*args):
+        reports.append(args)
+        if len(reports) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lesson, "report_epoch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 3)
+    assert not list(tmp_path.rglob("*.pth"))
+
+
 def test_03_goes_on_with_more_epochs_and_saves_every_fifth(lessons, tmp_path):
     lesson = lessons["03"]
     run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 4)
