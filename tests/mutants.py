@@ -1,8 +1,9 @@
 """Prove that the tests can fail: make mistakes that people really make, one at a time, and run the tests on each.
 
     python tests/mutants.py                  # all of them; takes a while
-    python tests/mutants.py --only zero_grad # those whose name contains the word
-    python tests/mutants.py --jobs 2         # two at a time
+    python tests/mutants.py --only "zero_grad|shuffle"            # those whose name matches the regular expression
+    python tests/mutants.py --only resume --first checkpoints     # begin with tests/test_checkpoints.py
+    python tests/mutants.py --jobs 2                              # two at a time
 
 Every mistake is made in a copy of the repository, in all lessons that contain the text (so that the test that holds the
 lessons in step is not the one to notice). The report is a table of the tests that failed. Exit status 1 if a mistake
@@ -213,7 +214,7 @@ def mutate(folder, lessons, edits):
     return changed
 
 
-def run(name, all_tests):
+def run(name, first, all_tests):
     """Run the tests on a copy with this mistake. Returns the lessons that have it and the tests that failed."""
     lessons, *texts = MUTANTS[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -226,7 +227,7 @@ def run(name, all_tests):
         changed = mutate(folder, lessons, list(zip(texts[::2], texts[1::2], strict=True)))
         if not changed:
             return [], ["the text is not there any more: mend the mutant"]
-        tests = [f"tests/test_{file}.py" for file in FILES]
+        tests = [f"tests/test_{file}.py" for file in sorted(FILES, key=lambda file: file != first)]
         command = [
             sys.executable,
             "-m",
@@ -248,15 +249,18 @@ def run(name, all_tests):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="run the mutants whose name contains this")
+    parser.add_argument("--only", default="", help="run the mutants whose name this regular expression matches")
+    parser.add_argument("--first", choices=FILES, default=FILES[0], help="the tests to begin with")
     parser.add_argument("--jobs", type=int, default=1, help="mutants to try at a time")
     parser.add_argument("--all-tests", action="store_true", help="go on after the first test that fails")
     args = parser.parse_args()
-    names = [name for name in MUTANTS if args.only in name]
+    names = [name for name in MUTANTS if re.search(args.only, name)]
     killed = 0
     print("| mistake | lessons | killed by |\n|---|---|---|")
     with ThreadPoolExecutor(args.jobs) as pool:
-        for name, (lessons, tests) in zip(names, pool.map(lambda n: run(n, args.all_tests), names), strict=True):
+        for name, (lessons, tests) in zip(
+            names, pool.map(lambda n: run(n, args.first, args.all_tests), names), strict=True
+        ):
             killed += bool(lessons and tests)
             print(f"| {name} | {' '.join(lessons)} | {', '.join(tests) or '**nobody**'} |", flush=True)
     print(f"\n{killed} of {len(names)} killed")
