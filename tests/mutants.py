@@ -178,8 +178,8 @@ MUTANTS = {
     "one draw for the whole batch": ("56", "2).split(group_size)", "2).split(len(images))"),
     "the same draws in every epoch": (
         "56",
-        "    groups = images.permute(0, 3, 1, 2).split(group_size)",
-        "    torch.manual_seed(0)\n    groups = images.permute(0, 3, 1, 2).split(group_size)",
+        "\n    groups = images.permute(0, 3, 1, 2).split(group_size)",
+        "\n    torch.manual_seed(0)\n    groups = images.permute(0, 3, 1, 2).split(group_size)",
     ),
     "upside down instead of mirrored": ("56", "        v2.RandomHorizontalFlip(p=0.5)", "        v2.RandomVerticalFlip(p=0.5)"),
     "dropout in every arm": ("5", '"augment": True, "dropout": 0.0', '"augment": True, "dropout": 0.5'),
@@ -209,6 +209,7 @@ def mutate(folder, lessons, edits):
         if path.name[1] in lessons and all(old in source for old, _ in edits):
             for old, new in edits:
                 source = source.replace(old, new)
+            compile(source, path.name, "exec")  # a mistake that no lesson would start with proves nothing
             path.write_text(source, encoding="utf-8")
             changed.append(path.name[:2])
     return changed
