@@ -309,6 +309,7 @@ def test_03_picture_is_cut_to_its_middle_square_and_turned_upright(lessons, tmp_
     for name in ["turned.png", "upright.png"]:
         picture = lessons["03"].read_picture(tmp_path / name)[0]
         assert picture[4, 16].tolist() == [200, 0, 0] and picture[28, 16].tolist() == [0, 0, 0]
+        assert picture[4, 2].tolist() == [200, 0, 0] and picture[28, 2].tolist() == [0, 0, 0], "no white at the side"
 
 
 def test_03_probabilities_are_softmax_of_eval_mode_logits(lessons):
