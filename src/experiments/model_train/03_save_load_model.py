@@ -303,9 +303,7 @@ def train(args, train_set, val_set, class_names, folder, checkpoint):
         set_random_states(checkpoint["random_states"], shuffle)
         history, best_accuracy = checkpoint["history"], checkpoint["best_accuracy"]
         run_dir = run_dir.with_name(checkpoint["run"])  # go on in the same TensorBoard run
-    with SummaryWriter(
-        run_dir, purge_step=len(history) + 1
-    ) as writer:  # purge_step: hide points of epochs that were not saved
+    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # purge_step: hide epochs that were not saved
         if not history:  # a new run
             writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
         for epoch in range(len(history) + 1, args.epochs + 1):

@@ -291,7 +291,6 @@ def train(args, name, train_set, val_set, class_names, folder, checkpoint, finis
     scheduler = SCHEDULERS[name](optimizer, args.epochs)  # NEW in 04: it sets the optimizer's learning rate
     run_dir = new_run_dir(args.output_dir / "tensor_board" / LESSON / name, args.data)
     history = []
-
     best_accuracy = -1.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -300,15 +299,12 @@ def train(args, name, train_set, val_set, class_names, folder, checkpoint, finis
         set_random_states(checkpoint["random_states"], shuffle)
         history, best_accuracy = checkpoint["history"], checkpoint["best_accuracy"]
         run_dir = run_dir.with_name(checkpoint["run"])  # go on in the same TensorBoard run
-    with SummaryWriter(
-        run_dir, purge_step=len(history) + 1
-    ) as writer:  # purge_step: hide points of epochs that were not saved
+    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # purge_step: hide epochs that were not saved
         if not history:  # a new run
             writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
         for epoch in range(len(history) + 1, args.epochs + 1):
             history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device))
             report_epoch(writer, epoch, args.epochs, history[-1])
-
             # NEW in 04: the scheduler steps after the epoch, so after the optimizer. One of them needs to know how the
             # epoch went, by the validation loss (the training loss goes on falling when nothing is gained any more).
             if name == "ReduceLROnPlateau":

@@ -323,7 +323,6 @@ def train(args, name, train_set, val_set, class_names, folder, checkpoint, finis
     group_size = args.group_size if ARMS[name]["augment"] else 0
     run_dir = new_run_dir(args.output_dir / "tensor_board" / LESSON / name, args.data)
     history = []
-
     best_accuracy = -1.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -332,15 +331,12 @@ def train(args, name, train_set, val_set, class_names, folder, checkpoint, finis
         set_random_states(checkpoint["random_states"], shuffle)
         history, best_accuracy = checkpoint["history"], checkpoint["best_accuracy"]
         run_dir = run_dir.with_name(checkpoint["run"])  # go on in the same TensorBoard run
-    with SummaryWriter(
-        run_dir, purge_step=len(history) + 1
-    ) as writer:  # purge_step: hide points of epochs that were not saved
+    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # purge_step: hide epochs that were not saved
         if not history:  # a new run
             writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
         for epoch in range(len(history) + 1, args.epochs + 1):
             history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device, group_size))
             report_epoch(writer, epoch, args.epochs, history[-1])
-
             scheduler.step()
             is_best = history[-1]["val_accuracy"] > best_accuracy
             best_accuracy = max(best_accuracy, history[-1]["val_accuracy"])
