@@ -208,12 +208,12 @@ def find_overfitting(history):
 
 
 # NEW in 02: every run has a folder of its own, so that no run draws over another
-def new_run_dir(folder, data_name):
-    """Return the first of folder/<data>_run_1, folder/<data>_run_2, ... that does not exist yet."""
+def new_run_dir(folder, name):
+    """Return the first of folder/<name>_run_1, folder/<name>_run_2, ... that does not exist yet."""
     run = 1
-    while (folder / f"{data_name}_run_{run}").exists():
+    while (folder / f"{name}_run_{run}").exists():
         run += 1
-    return folder / f"{data_name}_run_{run}"
+    return folder / f"{name}_run_{run}"
 
 
 # NEW in 02: one line on the screen and six points in TensorBoard for every epoch

@@ -198,12 +198,12 @@ def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device):
     return row | {"seconds": seconds, "images_per_second": len(train_loader.dataset) / seconds}
 
 
-def new_run_dir(folder, data_name):
-    """Return the first of folder/<data>_run_1, folder/<data>_run_2, ... that does not exist yet."""
+def new_run_dir(folder, name):
+    """Return the first of folder/<name>_run_1, folder/<name>_run_2, ... that does not exist yet."""
     run = 1
-    while (folder / f"{data_name}_run_{run}").exists():
+    while (folder / f"{name}_run_{run}").exists():
         run += 1
-    return folder / f"{data_name}_run_{run}"
+    return folder / f"{name}_run_{run}"
 
 
 def report_epoch(writer, epoch, epochs, row):

@@ -14,7 +14,7 @@ the best of every arm) to artifacts/checkpoints/05_data_augmentation/; a TensorB
 tensor_board/05_data_augmentation/<arm>/.
 
 Exercises: 1. Try --subset 2000 --epochs 10: augmentation loses by 5 points. Images that are harder to learn need more
-training. 2. Try --group-size 1 --epochs 1: as varied as can be, but the table of costs says how dear (11 times here).
+training. 2. Try --group-size 1 --epochs 1: as varied as can be, but by the table of costs 9 to 12 times as dear as 16.
 """
 
 import argparse
@@ -226,12 +226,12 @@ def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device, group
     return row | {"seconds": seconds, "images_per_second": len(train_loader.dataset) / seconds}
 
 
-def new_run_dir(folder, data_name):
-    """Return the first of folder/<data>_run_1, folder/<data>_run_2, ... that does not exist yet."""
+def new_run_dir(folder, name):
+    """Return the first of folder/<name>_run_1, folder/<name>_run_2, ... that does not exist yet."""
     run = 1
-    while (folder / f"{data_name}_run_{run}").exists():
+    while (folder / f"{name}_run_{run}").exists():
         run += 1
-    return folder / f"{data_name}_run_{run}"
+    return folder / f"{name}_run_{run}"
 
 
 def report_epoch(writer, epoch, epochs, row):
@@ -395,9 +395,7 @@ def print_costs(images):
             times.setdefault((name, group_size), []).append(time.perf_counter() - start)
     for (name, group_size), seconds in times.items():
         print(f"  {name + f', groups of {group_size}':34} {np.median(seconds) / len(images) * 1e6:7.1f}")
-    print(
-        "Speed costs variety: in groups of 1, 8, 16 or 128, a batch of 128 gets 128, 16, 8 or 1 different random draws."
-    )
+    print("Speed costs variety: in groups of 1, 8, 16 or 128, a batch of 128 gets 128, 16, 8 or 1 random draws.")
 
 
 # NEW in 05: the arms side by side
@@ -450,9 +448,8 @@ def print_analysis(histories, folder, train_set, args):
         gap = train_accuracy - checkpoint["best_accuracy"]
         print(f"  {name}: training {train_accuracy:.2f} %, validation {checkpoint['best_accuracy']:.2f} %")
         seconds = sum(row["seconds"] for row in history)
-        print(
-            f"    gap {gap:.2f} points: {'overfits' if gap > 10 else 'hardly overfits'}. {seconds:.0f} s of training."
-        )
+        verdict = "overfits" if gap > 10 else "hardly overfits"
+        print(f"    gap {gap:.2f} points: {verdict}. {seconds:.0f} s of training.")
 
 
 def between(kind, low, high):

@@ -206,12 +206,12 @@ def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device, group
     return row | {"seconds": seconds, "images_per_second": len(train_loader.dataset) / seconds}
 
 
-def new_run_dir(folder, data_name):
-    """Return the first of folder/<data>_run_1, folder/<data>_run_2, ... that does not exist yet."""
+def new_run_dir(folder, name):
+    """Return the first of folder/<name>_run_1, folder/<name>_run_2, ... that does not exist yet."""
     run = 1
-    while (folder / f"{data_name}_run_{run}").exists():
+    while (folder / f"{name}_run_{run}").exists():
         run += 1
-    return folder / f"{data_name}_run_{run}"
+    return folder / f"{name}_run_{run}"
 
 
 def report_epoch(writer, epoch, epochs, row):
@@ -307,9 +307,7 @@ def explain_argmax():
     third = torch.tensor([-0.3, 0.6, 2.7, 1.8, 0.2, -1.1, 0.5, 1.0, 0.4, 2.4])
     batch = torch.stack([logits, second, third])  # (3, 10): a row for each image, a column for each class
     by_torch, by_numpy = batch.argmax(dim=1), batch.numpy().argmax(axis=1)
-    print(
-        f"3. A batch of three images, shape {tuple(batch.shape)}. dim=1 compares along the row of each image and gives"
-    )
+    print(f"3. A batch of three images, shape {tuple(batch.shape)}. dim=1 compares along each image's row and gives")
     print(f"   one class per image: {by_torch.tolist()}. NumPy says axis=1: {by_numpy.tolist()}. dim=0 would compare")
     print(f"   the three images in each column, and name the winners: {batch.argmax(dim=0).tolist()}.")
 
@@ -486,7 +484,6 @@ def build_parser():
     add("--data-dir", type=Path, default=ROOT / "data", help="folder of CIFAR-10, downloaded if it is not there")
     add("--output-dir", type=Path, default=ROOT, help="folder in which artifacts/ and tensor_board/ are written")
     add("--subset", type=between(int, 1, 100_000), help="use only so many images of each split")
-
     add("--group-size", type=between(int, 1, 100_000), default=16, help="images that share one random transform")
     # NEW in 06:
     add("--checkpoint", type=Path, help="evaluate this model of lessons 03 to 06 and train none")
@@ -545,8 +542,9 @@ def main(argv=None):
             writer.add_figure(f"Evaluation/{name}", figure)
         writer.add_scalar("Test/loss", report["loss"])
         writer.add_scalar("Test/accuracy", 100 * report["accuracy"])
+        probabilities = F.softmax(logits, dim=1)
         for i, name in enumerate(class_names):  # precision and recall at every threshold of this class's probability
-            writer.add_pr_curve(f"PrecisionRecall/{name}", labels == i, F.softmax(logits, dim=1)[:, i])
+            writer.add_pr_curve(f"PrecisionRecall/{name}", labels == i, probabilities[:, i])
     print(f"In {artifacts}: evaluation_report.json, {', '.join(f'{name}.png' for name in figures)}")
     print(f'Done. To see the curves: tensorboard --logdir "{args.output_dir / "tensor_board" / LESSON}"')
 
