@@ -194,3 +194,49 @@ def test_02_finds_the_epoch_in_which_overfitting_sets_in(lessons):
     rising[2] = (50, 50, 1.45, 1.2)
     assert find(rows(*rising[:4])) == {}, "the training loss rose as well"
     assert find(rows(*[(50, 50, 1.0, 1.0)] * 9)) == {}, "level is not rising"
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_nothing_in_the_loops_waits_for_a_gpu(lessons, images, number, monkeypatch):
+    """Reading a number from a tensor waits until a GPU is done, so it happens once an epoch and not once a batch."""
+    reads = []
+    for name in ["item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"]:
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *args, _original=original, **kw: reads.append(1) or _original(*args, **kw)
+        )
+    model, loss_fn = make(lessons[number]), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    counts = []
+    for batch_size in [20, 2]:
+        reads.clear()
+        lessons[number].train_one_epoch(model, DataLoader(images, batch_size), loss_fn, optimizer, "cpu")
+        if number != "01":
+            lessons[number].evaluate(model, DataLoader(images, batch_size), loss_fn, "cpu")
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_come_from_pinned_memory_for_cuda_only(lessons, number, device, monkeypatch, tmp_path):
+    """The loaders are made before the model goes to the device, so no GPU is needed to look at them."""
+    lesson, pinned = lessons[number], []
+
+    class GoesToDevice(Exception):
+        pass
+
+    class Loader(DataLoader):
+        def __init__(self, *args, pin_memory=False, **kwargs):
+            pinned.append(pin_memory)
+            super().__init__(*args, **kwargs)
+
+    def to(self, *args, **kwargs):
+        raise GoesToDevice
+
+    monkeypatch.setattr(lesson, "DataLoader", Loader)
+    monkeypatch.setattr(lesson, "existing_device", torch.device)
+    monkeypatch.setattr(lesson.SimpleCNN, "to", to)
+    with pytest.raises(GoesToDevice):
+        run_lesson(lesson, tmp_path, "--device", device)
+    assert pinned == [device == "cuda"] * (1 if number == "01" else 2)

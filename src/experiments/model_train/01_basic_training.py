@@ -161,19 +161,19 @@ def main(argv=None):
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)  # the network's first weights are drawn from these random numbers
     images, labels, class_names, data_name = load_data(args.data, args.data_dir, train=True)
-    images, labels = images[: args.subset], labels[: args.subset]
+    train_set = TensorDataset(images[: args.subset], labels[: args.subset])
     shuffle = torch.Generator().manual_seed(args.seed)  # its own generator, so that nothing else changes the order
-    train_loader = DataLoader(TensorDataset(images, labels), args.batch_size, shuffle=True, generator=shuffle)
+    pinned = args.device.type == "cuda"  # page-locked memory, from which a GPU copies while the CPU goes on
+    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
     model = SimpleCNN(len(class_names)).to(args.device, memory_format=torch.channels_last)
     loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # momentum: keep 90 % of the last move
     parameters = sum(weights.numel() for weights in model.parameters())
-    print(f"Device: {args.device} | data: {data_name}, {len(images):,} training images | parameters: {parameters:,}")
-    # An untrained network gives each of 10 classes a probability near 1/10, so its loss is near -ln(1/10) = 2.303.
+    print(f"Device: {args.device} | data: {data_name}, {len(train_set):,} training images | parameters: {parameters:,}")
     model.eval()
     with torch.no_grad():  # (lesson 02 explains these two lines)
         loss = loss_fn(model(to_input(images[:1000], args.device)), labels[:1000].to(args.device))
-    print(f"Loss before the first step: {loss.item():.3f}. A guess among 10 classes has ln 10 = 2.303.")
+    print(f"Loss before the first step: {loss.item():.3f}. Ten classes at 1/10 each have -ln(1/10) = 2.303.")
     losses = []
     path = args.output_dir / "artifacts" / "01_basic_training.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def main(argv=None):
         seconds = time.perf_counter() - start
         losses.append(train_loss)
         print(f"Epoch {epoch:2d}/{args.epochs} | train loss {train_loss:.4f}, accuracy {train_accuracy:5.2f} %", end="")
-        print(f" | {seconds:.1f} s, {len(images) / seconds:,.0f} images/s")
+        print(f" | {seconds:.1f} s, {len(train_set) / seconds:,.0f} images/s")
     ax = Figure(layout="constrained").subplots()
     ax.plot(range(1, args.epochs + 1), losses, marker="o")
     ax.set(title=f"Lesson 01: SimpleCNN on {data_name}", xlabel="epoch", ylabel="mean training loss")

@@ -241,8 +241,9 @@ def train(args, train_set, val_set, class_names):
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)  # the network's first weights are drawn from these random numbers
     shuffle = torch.Generator().manual_seed(args.seed)  # its own generator, so that nothing else changes the order
-    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle)
-    val_loader = DataLoader(val_set, batch_size=1000)  # no gradients to keep, so batches can be large
+    pinned = args.device.type == "cuda"  # page-locked memory, from which a GPU copies while the CPU goes on
+    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
+    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep: large batches
     model = SimpleCNN(len(class_names)).to(args.device, memory_format=torch.channels_last)
     loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # momentum: keep 90 % of the last move
@@ -298,9 +299,7 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    images, labels, class_names, args.data = load_data(
-        args.data, args.data_dir, train=True
-    )  # "auto" gets its real name
+    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # no longer "auto"
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
     del images  # 150 MB; the two sets have copies of their own
     parameters = sum(weights.numel() for weights in SimpleCNN(len(class_names)).parameters())

@@ -283,8 +283,9 @@ def train(args, name, train_set, val_set, class_names, folder, checkpoint, finis
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)  # the network's first weights are drawn from these random numbers
     shuffle = torch.Generator().manual_seed(args.seed)  # its own generator, so that nothing else changes the order
-    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle)
-    val_loader = DataLoader(val_set, batch_size=1000)  # no gradients to keep, so batches can be large
+    pinned = args.device.type == "cuda"  # page-locked memory, from which a GPU copies while the CPU goes on
+    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
+    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep: large batches
     model = SimpleCNN(len(class_names)).to(args.device, memory_format=torch.channels_last)
     loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # momentum: keep 90 % of the last move

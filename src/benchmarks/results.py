@@ -1,0 +1,147 @@
+"""Run the lessons at their defaults over several seeds, and keep what they reach in docs/results.json.
+
+    python src/benchmarks/results.py               # everything that is not in docs/results.json yet: hours
+    python src/benchmarks/results.py --lessons 02  # this lesson only
+    python src/benchmarks/results.py --tables      # no runs: only write the tables of the guides anew
+
+Every finished run is added to the file at once, so the command can be stopped at any time and started again: what is
+in the file is not run again, and a lesson that saves checkpoints goes on after its last epoch. To repeat a run, delete
+its entry. Nothing else should run on the machine meanwhile, because times are measured too.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import LESSONS, ROOT, describe_machine
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+RESULTS = ROOT / "docs" / "results.json"
+SEEDS = {"01": 1, "02": 3, "03": 1, "04": 3, "05": 3, "06": 3}  # how many; lesson 03 trains exactly as lesson 02
+
+
+def read_scalars(run_dir):
+    """Return the curves of one TensorBoard run: {tag: [value of epoch 1, value of epoch 2, ...]}."""
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def collect(number, folder):
+    """Read the figures of a finished run from its output folder. Accuracies in percent, gaps in points.
+
+    Returns {arm: figures}; a lesson that trains one network has the single arm "".
+    """
+    output = (folder / "output.txt").read_text(encoding="utf-8")
+    if number == "01":  # prints its figures, and writes no others
+        return {"": {"train_accuracy": float(re.findall(r"train loss .* accuracy +([\d.]+) %", output)[-1])}}
+    arms = {}
+    lesson_dir = next((folder / "tensor_board").iterdir())
+    for event_file in sorted(lesson_dir.rglob("events.out.tfevents.*")):
+        curves = read_scalars(event_file.parent)
+        arm = event_file.parent.parent.name if number in ["04", "05"] else ""
+        accuracy = curves["Accuracy/val"]
+        arms[arm] = {
+            "val_accuracy": max(accuracy),
+            "best_epoch": accuracy.index(max(accuracy)) + 1,
+            "epochs": len(accuracy),
+            "gap": curves["Overfitting/accuracy_gap"][-1],
+        }
+        if number == "06":
+            report = json.loads((folder / "artifacts" / "evaluation_report.json").read_text(encoding="utf-8"))
+            arms[arm]["test_accuracy"] = 100 * report["accuracy"]
+            arms[arm]["top_3_accuracy"] = 100 * report["top_k"]["3"]
+            arms[arm]["mean_confidence"] = 100 * report["mean_confidence"]
+            arms[arm]["calibration_error"] = 100 * report["expected_calibration_error"]
+    if number == "05":  # of the best model, and on images as they are: see print_analysis() in the lesson
+        for arm, gap in re.findall(r"  (\w+): training .*\n +gap (-?[\d.]+) points", output):
+            arms[arm]["gap"] = float(gap)
+    return arms
+
+
+def run(number, seed, args):
+    """Run a lesson in a process of its own. Returns its entry for docs/results.json."""
+    lesson = next(LESSONS.glob(f"{number}_*.py"))
+    folder = args.work_dir / f"{lesson.stem}_seed_{seed}"
+    flags = ["--seed", str(seed), "--output-dir", str(folder), "--data", "cifar10"]
+    if args.data_dir:
+        flags += ["--data-dir", str(args.data_dir)]
+    resumed = (folder / "artifacts" / "checkpoints" / lesson.stem / "latest_checkpoint.pth").exists()
+    if resumed:
+        flags += ["--resume"]
+    elif folder.exists():
+        shutil.rmtree(folder)  # what a stopped run left behind
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with open(folder / "output.txt", "a", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-u", *args.launcher, str(lesson), *flags], stdout=output, stderr=subprocess.STDOUT
+        )
+        if hasattr(os, "wait4"):  # Linux and macOS also say how much memory the process took
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            peak_memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        else:
+            process.wait()
+            peak_memory = None
+    seconds = time.perf_counter() - start
+    if process.returncode != 0:
+        sys.exit(f"{lesson.name} failed: see {folder / 'output.txt'}.")
+    return {
+        "lesson": number,
+        "seed": seed,
+        "data": args.data_name,
+        "seconds": None if resumed else round(seconds, 1),  # of a resumed run only a part was timed
+        "peak_memory_bytes": peak_memory,
+        "machine": describe_machine(),
+        "arms": collect(number, folder),
+    }
+
+
+def load_results():
+    """Return the list of entries in docs/results.json, empty if there is no such file."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+
+
+def save_results(results):
+    """Write docs/results.json in one step, so that a crash cannot leave half of it."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    temporary = RESULTS.with_suffix(".tmp")
+    text = json.dumps(sorted(results, key=lambda entry: (entry["lesson"], entry["seed"])), indent=1)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, RESULTS)
+
+
+def build_parser():
+    """Return the parser of this command line."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--lessons", nargs="+", choices=list(SEEDS), default=list(SEEDS), help="the lessons to run")
+    add("--first-seed", type=int, default=42, help="the seeds are this one and those that follow")
+    add("--data-dir", type=Path, help="folder of CIFAR-10; the lessons' own default if it is not given")
+    add("--data-name", default="CIFAR-10", help="what the tables call the data")
+    add("--work-dir", type=Path, default=ROOT / "artifacts" / "results", help="folder for what the runs write")
+    add("--launcher", nargs="+", default=[], help="a Python script, with its flags, that runs the lesson given to it")
+    add("--tables", action="store_true", help="run nothing")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    results = load_results()
+    done = {(entry["lesson"], entry["seed"]) for entry in results}
+    wanted = [(number, args.first_seed + i) for number in args.lessons for i in range(SEEDS[number])]
+    for number, seed in tqdm([] if args.tables else [run for run in wanted if run not in done], unit="run"):
+        results.append(run(number, seed, args))
+        save_results(results)
+
+
+if __name__ == "__main__":
+    main()

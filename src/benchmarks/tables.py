@@ -1,0 +1,209 @@
+"""Write the measured figures into the guides: every table between its markers, in both languages.
+
+    python src/benchmarks/tables.py
+
+The figures come from docs/results.json (results.py), docs/throughput.json (throughput.py) and docs/group_size.json
+(group_size.py). A table stands between <!-- table: NAME --> and <!-- end of table -->; of the table of lessons only the
+last two columns are written here.
+"""
+
+import json
+import os
+import re
+import statistics
+
+from common import LESSONS, ROOT
+
+GUIDES = [folder / name for folder in [ROOT, LESSONS] for name in ["README.md", "README.zh-CN.md"]]
+
+CHINESE = {
+    "network": "网络",
+    "validation accuracy": "验证准确率",
+    "gap": "差距",
+    "behind the first": "落后第一名",
+    "a tie": "平局",
+    "points": "个百分点",
+    "on training images": "(训练图片)",
+    "on validation images": "(验证图片)",
+    "on test images": "(测试图片)",
+    "min": "分钟",
+    "s": "秒",
+    "lesson": "课程",
+    "seeds": "随机种子",
+    "time": "时间",
+    "peak memory": "内存峰值",
+    "accuracy": "准确率",
+    "images per second": "每秒图片数",
+    "share of the arithmetic limit": "占算力上限的比例",
+    "ratio": "比值",
+    "median (least to greatest)": "中位数(最小到最大)",
+    "images in a group": "每组图片数",
+    "mean": "平均",
+    "standard error": "标准误",
+    "every seed": "各个种子",
+}
+
+
+def words(language):
+    """Return a function that says a word in that language, "en" or "zh"."""
+    return lambda word: CHINESE[word] if language == "zh" else word
+
+
+def mean_and_spread(values, digits=2):
+    """Return the mean of numbers and, if there are several, their sample standard deviation, as text."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def table(header, rows):
+    """Return a Markdown table; header and rows hold texts."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
+def pick(results, number):
+    """Return the entries of one lesson, by seed."""
+    return sorted((entry for entry in results if entry["lesson"] == number), key=lambda entry: entry["seed"])
+
+
+def headline(entries, say):
+    """Return the accuracy that stands for a lesson, as text: that of its best arm, on the images it is judged by."""
+    split = {"01": "train", "06": "test"}.get(entries[0]["lesson"], "val")
+    by_arm = {arm: [entry["arms"][arm][f"{split}_accuracy"] for entry in entries] for arm in entries[0]["arms"]}
+    best = max(by_arm, key=lambda arm: statistics.mean(by_arm[arm]))
+    where = {"train": "on training images", "val": "on validation images", "test": "on test images"}[split]
+    return f"{mean_and_spread(by_arm[best], 1)} % {say(where)}" + (f", {best}" if best else "")
+
+
+def duration(entries, say):
+    """Return the median time of a lesson's runs as text, "-" if none was timed from start to end."""
+    seconds = [entry["seconds"] for entry in entries if entry["seconds"]]
+    if not seconds:
+        return "-"
+    median = statistics.median(seconds)
+    return f"{median:.0f} {say('s')}" if median < 100 else f"{median / 60:.0f} {say('min')}"
+
+
+def fill_lessons(text, results, say):
+    """Write time and accuracy into the last two columns of the table of lessons, whose rows begin with | `0N_..."""
+
+    def fill(row):
+        entries = pick(results, row["number"])
+        return f"{row['rest']}| {duration(entries, say)} | {headline(entries, say)} |" if entries else row[0]
+
+    return re.sub(r"^(?P<rest>\| `?\[?`?(?P<number>0\d)_.*?)\|[^|\n]*\|[^|\n]*\|$", fill, text, flags=re.MULTILINE)
+
+
+def runs_table(results, say):
+    """Return the table of all lessons: accuracy, gap, time, memory, seeds."""
+    rows = []
+    for number in sorted({entry["lesson"] for entry in results}):
+        entries = pick(results, number)
+        arms = list(entries[0]["arms"])
+        gaps = [entry["arms"][arms[0]].get("gap") for entry in entries]
+        memory = [entry["peak_memory_bytes"] for entry in entries if entry["peak_memory_bytes"]]
+        rows.append(
+            [
+                number,
+                headline(entries, say),
+                mean_and_spread(gaps, 1) if len(arms) == 1 and None not in gaps else "-",
+                duration(entries, say),
+                f"{max(memory) / 1e9:.2f} GB" if memory else "-",
+                ", ".join(str(entry["seed"]) for entry in entries),
+            ]
+        )
+    return table([say(word) for word in ["lesson", "accuracy", "gap", "time", "peak memory", "seeds"]], rows)
+
+
+def arms_table(results, number, say):
+    """Return the table of a lesson's arms, the best first. A difference inside its own spread is called a tie.
+
+    Arms of one seed share their first weights and their batches, so the differences are taken seed by seed.
+    """
+    entries = pick(results, number)
+    accuracy = {arm: [entry["arms"][arm]["val_accuracy"] for entry in entries] for arm in entries[0]["arms"]}
+    ranking = sorted(accuracy, key=lambda arm: -statistics.mean(accuracy[arm]))
+    rows = []
+    for arm in ranking:
+        behind = [first - own for first, own in zip(accuracy[ranking[0]], accuracy[arm], strict=True)]
+        note = mean_and_spread(behind) if arm != ranking[0] else ""
+        if note and len(behind) > 1 and statistics.mean(behind) <= statistics.stdev(behind):
+            note += f" ({say('a tie')})"
+        gaps = [entry["arms"][arm]["gap"] for entry in entries]
+        rows.append([f"`{arm}`", mean_and_spread(accuracy[arm]), mean_and_spread(gaps, 1), note])
+    return table([say(word) for word in ["network", "validation accuracy", "gap", "behind the first"]], rows)
+
+
+def throughput_table(report, say):
+    """Return the table of images per second, and of what share of the arithmetic limit that is."""
+    rows = [
+        [name, f"{figures['median']:,.0f} ({figures['min']:,.0f} - {figures['max']:,.0f})", f"{share['median']:.2f}"]
+        for (name, figures), share in zip(
+            report["images_per_second"].items(), report["share_of_arithmetic_limit"].values(), strict=True
+        )
+    ]
+    return table(["", say("images per second"), say("share of the arithmetic limit")], rows)
+
+
+def ratios_table(report, say):
+    """Return the table of what throughput.py compares."""
+    ratios = report["ratios"] | {
+        f"time for an image: of {int(size):,} / of 2,000": figures
+        for size, figures in report["time_per_image_by_size"].items()
+        if size != "2000"
+    }
+    rows = [
+        [name, f"{figures['median']:.2f} ({figures['min']:.2f} - {figures['max']:.2f})"]
+        for name, figures in ratios.items()
+    ]
+    return table([say("ratio"), say("median (least to greatest)")], rows)
+
+
+def group_size_table(report, say):
+    """Return the table of accuracy by group size."""
+    rows = [
+        [
+            size,
+            f"{statistics.mean(values):.2f} %",
+            f"{statistics.stdev(values) / len(values) ** 0.5:.2f}",
+            ", ".join(f"{value:.2f}" for value in values),
+        ]
+        for size, values in report["accuracy"].items()
+    ]
+    return table([say(word) for word in ["images in a group", "mean", "standard error", "every seed"]], rows)
+
+
+def fill(text, language):
+    """Return the text of a guide with all its tables written anew."""
+    say = words(language)
+    results, throughput, group_size = (
+        json.loads((ROOT / "docs" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ["results", "throughput", "group_size"]
+    )
+    tables = {
+        "lessons": lambda old: fill_lessons(old, results, say),
+        "runs": lambda old: runs_table(results, say),
+        "schedulers": lambda old: arms_table(results, "04", say),
+        "augmentation": lambda old: arms_table(results, "05", say),
+        "throughput": lambda old: throughput_table(throughput, say),
+        "ratios": lambda old: ratios_table(throughput, say),
+        "group size": lambda old: group_size_table(group_size, say),
+    }
+    return re.sub(
+        r"(<!-- table: (.*?) -->\n)(.*?)(\n<!-- end of table -->)",
+        lambda match: match[1] + tables[match[2]](match[3]) + match[4],
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def main():
+    for path in GUIDES:
+        text = fill(path.read_text(encoding="utf-8"), "zh" if path.name.endswith(".zh-CN.md") else "en")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Measure how fast the lessons train: against the limits of this machine, and against the usual way to load images.
+
+    python src/benchmarks/throughput.py                          # a few minutes on 2 CPU cores; no network needed
+    python src/benchmarks/throughput.py --json throughput.json   # keep the figures as well
+
+Everything is timed in turn, round after round, so that a slow moment of the machine hits all alike. It prints a table
+and draws artifacts/throughput.png. All training is on the CPU, on random images unless --data-dir names CIFAR-10.
+
+What is compared, with the same network and the same steps of the optimizer:
+- the lessons' own train_one_epoch(), without augmentation (lesson 02) and with it (lesson 05);
+- the ceiling: the same training on batches that lie ready in memory, normalized, as if loading cost nothing;
+- the usual way: a dataset that turns every image into a PIL image and back into a tensor, with 0 and with 2 worker
+  processes, and the default memory layout;
+- the arithmetic limit: the rate at which this machine multiplies large matrices, divided by what an image takes.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import ROOT, describe_machine, load_lesson, machine_in_words
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from torchvision.datasets import CIFAR10
+from tqdm import tqdm
+
+BATCH_SIZE = 128  # as in the lessons
+MATRIX_SIZE = 2048  # large enough to keep all cores busy
+MATRICES_PER_TASK = 10  # ... and enough of them to take about a second
+
+LESSON = "lesson"
+LESSON_AUGMENTED = "lesson, augmented"
+CEILING = "ceiling: ready-made batches"
+CLASSIC = "usual way"
+CLASSIC_WORKERS = "usual way, 2 workers"
+CLASSIC_AUGMENTED = "usual way, augmented"
+CLASSIC_AUGMENTED_WORKERS = "usual way, augmented, 2 workers"
+MATRICES = "matrix multiplication"
+
+# Lesson 05's AUGMENTATION, written the usual way: for one PIL image after the other
+PIL_AUGMENTATION = [
+    transforms.RandomHorizontalFlip(p=0.5),
+    transforms.RandomCrop(32, padding=4),
+    transforms.RandomRotation(15, interpolation=transforms.InterpolationMode.BILINEAR),
+    transforms.RandomApply([transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)], p=0.3),
+]
+TO_TENSOR = [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))]
+ERASING = [transforms.RandomErasing(p=0.3, scale=(0.02, 0.15))]
+
+
+class PILDataset(Dataset):
+    """Images as torchvision's CIFAR10 dataset gives them: one by one, through PIL, then transformed."""
+
+    def __init__(self, images, labels, transform):  # images: uint8 array (N, 32, 32, 3)
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def new_training(lesson, memory_format):
+    """Return a new network of the lesson, its loss function and its optimizer."""
+    model = lesson.SimpleCNN().to(memory_format=memory_format)
+    return model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+
+
+def train_step(model, loss_fn, optimizer, images, labels):
+    """Do one step of training on float32 images (N, 3, 32, 32)."""
+    loss = loss_fn(model(images), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def lesson_task(lesson, images, labels, *group_size):
+    """Return a function that trains one epoch with the lesson's own code."""
+    model, loss_fn, optimizer = new_training(lesson, torch.channels_last)
+    loader = DataLoader(TensorDataset(images, labels), BATCH_SIZE, shuffle=True)
+    return lambda: lesson.train_one_epoch(model, loader, loss_fn, optimizer, torch.device("cpu"), *group_size)
+
+
+def ceiling_task(lesson, images, labels):
+    """Return a function that trains one epoch on batches that were prepared before."""
+    model, loss_fn, optimizer = new_training(lesson, torch.channels_last)
+    batches = [
+        (lesson.to_input(batch, torch.device("cpu")), batch_labels)
+        for batch, batch_labels in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
+    ]
+
+    def run():
+        model.train()
+        for batch, batch_labels in batches:
+            train_step(model, loss_fn, optimizer, batch, batch_labels)
+
+    return run
+
+
+def classic_task(lesson, images, labels, transform, workers):
+    """Return a function that trains one epoch the usual way, with that many worker processes."""
+    model, loss_fn, optimizer = new_training(lesson, torch.contiguous_format)
+    dataset = PILDataset(images.numpy(), labels.tolist(), transforms.Compose(transform))
+    # Workers that persist start once, before the first round, and not in every round: that favours the usual way.
+    loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+
+    def run():
+        model.train()
+        for batch, batch_labels in loader:
+            train_step(model, loss_fn, optimizer, batch, batch_labels)
+
+    return run
+
+
+def measure(tasks, rounds):
+    """Time all tasks in turn. tasks: {name: function}. Returns seconds as {name: array (rounds,)}."""
+    seconds = {name: [] for name in tasks}
+    with tqdm(total=(rounds + 1) * len(tasks), desc="warming up", disable=None) as progress:
+        for number in range(rounds + 1):
+            for name, task in tasks.items():
+                start = time.perf_counter()
+                task()
+                if number > 0:  # round 0 starts workers and fills caches
+                    seconds[name].append(time.perf_counter() - start)
+                progress.update()
+            progress.set_description(f"round {number} of {rounds}")
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def operations_per_image(lesson):
+    """Return how many floating-point operations one image takes in one step of training, by PyTorch's own counter.
+
+    It counts the convolutions and the linear layers, forward and backward; all else is small beside them.
+    """
+    model, loss_fn, optimizer = new_training(lesson, torch.channels_last)
+    with FlopCounterMode(display=False) as counter:
+        train_step(model, loss_fn, optimizer, torch.zeros(BATCH_SIZE, 3, 32, 32), torch.zeros(BATCH_SIZE).long())
+    return counter.get_total_flops() / BATCH_SIZE
+
+
+def peak_memory():
+    """Return the peak memory of this process in bytes, or None on Windows, where Python cannot ask."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def spread(values):
+    """Return median, least and greatest of an array as a dict of plain numbers."""
+    return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
+
+
+def in_words(figures, digits):
+    """Return a dict from spread() as text."""
+    return f"{figures['median']:,.{digits}f} ({figures['min']:,.{digits}f} to {figures['max']:,.{digits}f})"
+
+
+def build_tasks(images, labels):
+    """Return what is compared, {name: function}, for images uint8 (N, 32, 32, 3) and labels int64 (N,)."""
+    plain, augmented = load_lesson("02"), load_lesson("05")
+    group_size = augmented.build_parser().get_default("group_size")
+    pil_augmentation = PIL_AUGMENTATION + TO_TENSOR + ERASING
+    matrix = torch.randn(MATRIX_SIZE, MATRIX_SIZE)
+    return {
+        LESSON: lesson_task(plain, images, labels),
+        LESSON_AUGMENTED: lesson_task(augmented, images, labels, group_size),
+        CEILING: ceiling_task(plain, images, labels),
+        CLASSIC: classic_task(plain, images, labels, TO_TENSOR, 0),
+        CLASSIC_WORKERS: classic_task(plain, images, labels, TO_TENSOR, 2),
+        CLASSIC_AUGMENTED: classic_task(plain, images, labels, pil_augmentation, 0),
+        CLASSIC_AUGMENTED_WORKERS: classic_task(plain, images, labels, pil_augmentation, 2),
+        MATRICES: lambda: [matrix @ matrix for _ in range(MATRICES_PER_TASK)],
+    }
+
+
+def compare(seconds, images):
+    """Turn the seconds of all tasks, {name: array (rounds,)}, into rates and ratios, a dict of plain types.
+
+    A ratio is taken within every round, and the median over the rounds comes last.
+    """
+    operations = operations_per_image(load_lesson("02"))
+    # The product of two matrices of n x n takes n^3 multiplications and n^3 additions.
+    matrix_rate = MATRICES_PER_TASK * 2 * MATRIX_SIZE**3 / seconds[MATRICES]
+    rates = {name: images / values for name, values in seconds.items() if name != MATRICES}
+    ratios = {
+        "speed: lesson / ceiling": rates[LESSON] / rates[CEILING],
+        "speed: lesson / usual way": rates[LESSON] / rates[CLASSIC],
+        "speed: lesson / usual way, 2 workers": rates[LESSON] / rates[CLASSIC_WORKERS],
+        "speed, augmented: lesson / usual way": rates[LESSON_AUGMENTED] / rates[CLASSIC_AUGMENTED],
+        "speed, augmented: lesson / usual way, 2 workers": rates[LESSON_AUGMENTED] / rates[CLASSIC_AUGMENTED_WORKERS],
+        "time, lesson: augmented / plain": seconds[LESSON_AUGMENTED] / seconds[LESSON],
+        "time, usual way: augmented / plain": seconds[CLASSIC_AUGMENTED] / seconds[CLASSIC],
+    }
+    return {
+        "operations_per_image": operations,
+        "matrix_operations_per_second": spread(matrix_rate),
+        "images_per_second": {name: spread(values) for name, values in rates.items()},
+        "share_of_arithmetic_limit": {
+            name: spread(values * operations / matrix_rate) for name, values in rates.items()
+        },
+        "ratios": {name: spread(values) for name, values in ratios.items()},
+    }
+
+
+def print_report(report):
+    """Print the figures of compare(), the times by size and the memory as tables."""
+    print(f"One image takes {report['operations_per_image'] / 1e6:.1f} million operations in a step of training; this")
+    rate = report["matrix_operations_per_second"]["median"] / 1e9
+    print(f"machine does {rate:,.0f} billion a second in products of {MATRIX_SIZE}x{MATRIX_SIZE} matrices.")
+    print(f"Median (least to greatest) of {report['rounds']} rounds of {report['images']:,} images, batches of 128:")
+    print(f"  {'':32} {'images/s':>24}   share of the arithmetic limit")
+    for name, figures in report["images_per_second"].items():
+        share = in_words(report["share_of_arithmetic_limit"][name], 2)
+        print(f"  {name:32} {in_words(figures, 0):>24}   {share}")
+    for name, figures in report["ratios"].items():
+        print(f"  {name:48} {in_words(figures, 2)}")
+    first = next(iter(report["time_per_image_by_size"]))
+    for size, figures in report["time_per_image_by_size"].items():
+        print(f"  {f'time for an image: of {size:,} / of {first:,}':48} {in_words(figures, 2)}")
+    if report["peak_memory_bytes"]:
+        print(f"Peak memory of this process: {report['peak_memory_bytes'] / 1e9:.2f} GB")
+
+
+def plot_rates(report, path):
+    """Draw the rates of a report in images/s, and the arithmetic limit, as bars into a PNG file."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    ax = figure.subplots()
+    rates = report["images_per_second"]
+    names = list(rates)[::-1]  # barh() begins at the bottom
+    medians = np.array([rates[name]["median"] for name in names])
+    ends = np.array([[rates[name]["min"], rates[name]["max"]] for name in names]).T
+    colors = ["C0" if name.startswith("lesson") else "C2" if name == CEILING else "lightgrey" for name in names]
+    ax.barh(names, medians, color=colors, xerr=abs(ends - medians), error_kw={"ecolor": "grey", "capsize": 3})
+    limit = report["matrix_operations_per_second"]["median"] / report["operations_per_image"]
+    ax.axvline(limit, color="C3", linestyle="--", label="arithmetic limit")
+    machine = report["machine"]
+    title = f"Training SimpleCNN on {machine['processor']}, {machine['threads']} threads, {machine['instructions']}"
+    ax.set(title=title, xlabel="images per second (median; thin lines: least to greatest)")
+    ax.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def whole_number(text):
+    """Let argparse read a whole number from 1 to 50,000, the number of training images in CIFAR-10."""
+    if not 1 <= int(text) <= 50_000:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 50,000")
+    return int(text)
+
+
+def build_parser():
+    """Return the parser of this command line."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--rounds", type=whole_number, default=7, help="how often everything is timed")
+    add("--images", type=whole_number, default=4096, help="images in one timing")
+    add("--sizes", type=whole_number, nargs="+", default=[2000, 10_000, 50_000], help="is the cost in proportion?")
+    add("--data-dir", type=Path, help="folder of CIFAR-10; random images if it is not given")
+    add("--output-dir", type=Path, default=ROOT, help="folder in which artifacts/throughput.png is written")
+    add("--json", type=Path, metavar="PATH", help="write the figures to this file")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    count = max(args.images, *args.sizes)
+    if args.data_dir:
+        split = CIFAR10(args.data_dir, train=True)
+        images, labels = torch.tensor(split.data[:count]), torch.tensor(split.targets[:count])
+    else:
+        images, labels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (count,))
+    report = {"machine": describe_machine(), "data": "CIFAR-10" if args.data_dir else "random images"}
+    print(f"{machine_in_words(report['machine'])}; {report['data']}")
+
+    seconds = measure(build_tasks(images[: args.images], labels[: args.images]), args.rounds)
+    report |= {"rounds": args.rounds, "images": args.images} | compare(seconds, args.images)
+    lesson = load_lesson("02")
+    seconds = measure({size: lesson_task(lesson, images[:size], labels[:size]) for size in args.sizes}, args.rounds)
+    time_per_image = {size: values / size for size, values in seconds.items()}
+    by_size = {size: spread(values / time_per_image[args.sizes[0]]) for size, values in time_per_image.items()}
+    report |= {"time_per_image_by_size": by_size, "peak_memory_bytes": peak_memory()}
+
+    print_report(report)
+    path = args.output_dir / "artifacts" / "throughput.png"
+    plot_rates(report, path)
+    print(f"The picture is {path}.")
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, RuntimeError) as error:  # CIFAR-10 is not in that folder, a file cannot be written, ...
+        sys.exit(str(error))
