@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ["lesson", "lesson, augmented", "ceiling: ready-made batches", "usual way", "usual way, 2 workers"]
-TASKS += ["usual way, augmented", "usual way, augmented, 2 workers"]
+TASKS += ["usual way, pooling last", "usual way, augmented", "usual way, augmented, 2 workers"]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,13 @@ def test_lesson_task_runs_the_lessons_own_code(lessons, monkeypatch):
     monkeypatch.setattr(lesson, "train_one_epoch", lambda *args: calls.append(args))
     throughput.lesson_task(lesson, torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.zeros(4).long(), 16)()
     assert len(calls) == 1 and calls[0][-1] == 16
+
+
+def test_pooling_last_is_the_same_function_of_the_weights_when_nothing_is_normalized(lessons):
+    """max() and ReLU may change places; BatchNorm, with a positive weight as at the start, too, in eval mode."""
+    model = lessons["02"].SimpleCNN().eval()
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(throughput.pooling_last(model, images), model(images))
 
 
 @pytest.mark.parametrize("flags", [["--rounds", "0"], ["--images", "50001"], ["--sizes", "x"], ["--no-such-flag"]])

@@ -2,11 +2,12 @@
 
     python src/benchmarks/results.py               # everything that is not in docs/results.json yet: hours
     python src/benchmarks/results.py --lessons 02  # this lesson only
-    python src/benchmarks/results.py --tables      # no runs: only write the tables of the guides anew
 
 Every finished run is added to the file at once, so the command can be stopped at any time and started again: what is
 in the file is not run again, and a lesson that saves checkpoints goes on after its last epoch. To repeat a run, delete
 its entry. Nothing else should run on the machine meanwhile, because times are measured too.
+
+src/benchmarks/tables.py writes the figures into the guides.
 """
 
 import argparse
@@ -79,11 +80,10 @@ def run(number, seed, args):
     elif folder.exists():
         shutil.rmtree(folder)  # what a stopped run left behind
     folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-u", *([str(args.launcher)] if args.launcher else []), str(lesson), *flags]
     start = time.perf_counter()
     with open(folder / "output.txt", "a", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-u", *args.launcher, str(lesson), *flags], stdout=output, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         if hasattr(os, "wait4"):  # Linux and macOS also say how much memory the process took
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
@@ -128,8 +128,7 @@ def build_parser():
     add("--data-dir", type=Path, help="folder of CIFAR-10; the lessons' own default if it is not given")
     add("--data-name", default="CIFAR-10", help="what the tables call the data")
     add("--work-dir", type=Path, default=ROOT / "artifacts" / "results", help="folder for what the runs write")
-    add("--launcher", nargs="+", default=[], help="a Python script, with its flags, that runs the lesson given to it")
-    add("--tables", action="store_true", help="run nothing")
+    add("--launcher", type=Path, help="a Python script that runs the lesson and the flags given to it")
     return parser
 
 
@@ -137,11 +136,17 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     results = load_results()
     done = {(entry["lesson"], entry["seed"]) for entry in results}
-    wanted = [(number, args.first_seed + i) for number in args.lessons for i in range(SEEDS[number])]
-    for number, seed in tqdm([] if args.tables else [run for run in wanted if run not in done], unit="run"):
+    # The first seed of every lesson comes before the second of any, so that there is soon something to look at.
+    wanted = [(number, args.first_seed + i) for i in range(3) for number in args.lessons if i < SEEDS[number]]
+    for number, seed in tqdm([pair for pair in wanted if pair not in done], unit="run"):
         results.append(run(number, seed, args))
         save_results(results)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(str(error))

@@ -12,7 +12,7 @@ import os
 import re
 import statistics
 
-from common import LESSONS, ROOT
+from common import LESSONS, ROOT, machine_in_words
 
 GUIDES = [folder / name for folder in [ROOT, LESSONS] for name in ["README.md", "README.zh-CN.md"]]
 
@@ -41,6 +41,10 @@ CHINESE = {
     "mean": "平均",
     "standard error": "标准误",
     "every seed": "各个种子",
+    "Measured on": "测量环境:",
+    "data": "数据:",
+    "random images": "随机图片",
+    "mean ± standard deviation over the seeds": "平均值 ± 各种子间的标准差",
 }
 
 
@@ -173,6 +177,12 @@ def group_size_table(report, say):
     return table([say(word) for word in ["images in a group", "mean", "standard error", "every seed"]], rows)
 
 
+def measured_on(machines, data, say):
+    """Return one sentence that names the machines and the data behind a table."""
+    names = " / ".join(dict.fromkeys(machine_in_words(machine) for machine in machines))
+    return f"{say('Measured on')} {names}; {say('data')} {data}."
+
+
 def fill(text, language):
     """Return the text of a guide with all its tables written anew."""
     say = words(language)
@@ -183,10 +193,18 @@ def fill(text, language):
     tables = {
         "lessons": lambda old: fill_lessons(old, results, say),
         "runs": lambda old: runs_table(results, say),
+        "runs machine": lambda old: measured_on(
+            [entry["machine"] for entry in results],
+            ", ".join(dict.fromkeys(entry["data"] for entry in results))
+            + "; "
+            + say("mean ± standard deviation over the seeds"),
+            say,
+        ),
         "schedulers": lambda old: arms_table(results, "04", say),
         "augmentation": lambda old: arms_table(results, "05", say),
         "throughput": lambda old: throughput_table(throughput, say),
         "ratios": lambda old: ratios_table(throughput, say),
+        "throughput machine": lambda old: measured_on([throughput["machine"]], say(throughput["data"]), say),
         "group size": lambda old: group_size_table(group_size, say),
     }
     return re.sub(
