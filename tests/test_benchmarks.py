@@ -1,14 +1,18 @@
 """src/benchmarks/: the figures are of what they say, and what is measured is really the lessons' own training."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import common
+import group_size
 import numpy as np
 import pytest
+import results
+import tables
 import throughput
 import torch
 
@@ -110,3 +114,129 @@ def test_throughput_refuses_bad_flags(flags, capsys):
         throughput.main(flags)
     assert stop.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def with_output_file(run, folder):
+    """Return a copy of a quick run's folder with what it printed, as results.py keeps it."""
+    shutil.copytree(run.folder, folder)
+    (folder / "output.txt").write_text(run.output, encoding="utf-8")
+    return folder
+
+
+def test_results_are_what_the_lessons_print_and_write(finished, tmp_path):
+    runs = {number: finished(number) for number in ["01", "02", "04", "05", "06"]}
+    arms = {number: results.collect(number, with_output_file(run, tmp_path / number)) for number, run in runs.items()}
+    assert f"accuracy {arms['01']['']['train_accuracy']:5.2f} %" in runs["01"].output
+    best = arms["02"][""]
+    assert f"Best validation accuracy on digits: {best['val_accuracy']:.2f} % in epoch {best['best_epoch']}." in (
+        runs["02"].output
+    )
+    curves = next(iter(common_scalars(runs["02"].folder).values()))
+    assert best["gap"] == pytest.approx(curves["Accuracy/train"][-1] - curves["Accuracy/val"][-1], abs=1e-4)
+    assert best["epochs"] == 1
+    assert len(arms["04"]) == 6
+    for arm, figures in arms["04"].items():
+        assert f"  {arm:30} {figures['val_accuracy']:5.2f} % in epoch  1" in runs["04"].output
+    assert set(arms["05"]) == {"without_augmentation", "with_augmentation", "with_augmentation_and_dropout"}
+    for figures in arms["05"].values():
+        assert f"    gap {figures['gap']:.2f} points" in runs["05"].output
+    report = json.loads((runs["06"].artifacts / "evaluation_report.json").read_text(encoding="utf-8"))
+    assert arms["06"][""]["test_accuracy"] == 100 * report["accuracy"]
+    assert arms["06"][""]["top_3_accuracy"] == 100 * report["top_k"]["3"]
+
+
+def common_scalars(folder):
+    """Return the scalars of all TensorBoard runs below a folder."""
+    files = sorted(folder.rglob("events.out.tfevents.*"))
+    return {file.parent: results.read_scalars(file.parent) for file in files}
+
+
+STUB = """
+import sys
+from pathlib import Path
+Path(__file__).with_name("calls.txt").open("a").write(" ".join(sys.argv[1:]) + "\\n")
+print("Epoch  5/5 | train loss 0.1234, accuracy 81.25 % | 9.0 s, 1,000 images/s")
+sys.exit(EXIT)
+"""
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """Run results.py with a launcher that notes its arguments and prints the line of an epoch in place of a lesson."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "docs" / "results.json")
+
+    def run(*flags, exit_status=0):
+        (tmp_path / "stub.py").write_text(STUB.replace("EXIT", str(exit_status)), encoding="utf-8")
+        flags = ["--launcher", tmp_path / "stub.py", "--work-dir", tmp_path / "work", "--lessons", "01", *flags]
+        results.main(list(map(str, flags)))
+        return (tmp_path / "calls.txt").read_text(encoding="utf-8").splitlines()
+
+    return run
+
+
+def test_results_are_kept_and_not_run_again(stub, tmp_path):
+    calls = stub("--data-name", "some photographs")
+    assert len(calls) == 1 and "01_basic_training.py --seed 42 --output-dir " in calls[0]
+    [entry] = json.loads(results.RESULTS.read_text(encoding="utf-8"))
+    assert (entry["lesson"], entry["seed"], entry["data"]) == ("01", 42, "some photographs")
+    assert entry["arms"] == {"": {"train_accuracy": 81.25}}
+    assert 0 < entry["seconds"] < 60
+    assert len(stub()) == 1, "it ran again"
+    assert len(stub("--first-seed", "43")) == 2
+    assert [entry["seed"] for entry in json.loads(results.RESULTS.read_text(encoding="utf-8"))] == [42, 43]
+
+
+def test_a_failed_run_is_no_result(stub):
+    with pytest.raises(SystemExit, match="01_basic_training.py failed: see .*output.txt"):
+        stub(exit_status=1)
+    assert not results.RESULTS.exists()
+
+
+def test_a_stopped_run_goes_on_from_its_checkpoint(stub, tmp_path):
+    folder = tmp_path / "work" / "01_basic_training_seed_42" / "artifacts" / "checkpoints" / "01_basic_training"
+    folder.mkdir(parents=True)
+    (folder / "latest_checkpoint.pth").touch()
+    assert stub()[0].endswith(" --resume")
+    [entry] = json.loads(results.RESULTS.read_text(encoding="utf-8"))
+    assert entry["seconds"] is None, "only a part of it was timed"
+
+
+def entry(number, seed, seconds=60.0, **arms):
+    """An entry as in docs/results.json, with the validation accuracies of the arms."""
+    arms = {arm: {"val_accuracy": accuracy, "gap": 1.0} for arm, accuracy in arms.items()}
+    return {"lesson": number, "seed": seed, "seconds": seconds, "peak_memory_bytes": 1.5e9, "arms": arms}
+
+
+def test_table_calls_a_difference_inside_its_spread_a_tie():
+    say = tables.words("en")
+    found = [
+        entry("04", 42, steady=80.0, tie=79.0, worse=70.0),
+        entry("04", 43, steady=80.0, tie=81.5, worse=71.0),
+        entry("04", 44, steady=80.0, tie=79.0, worse=72.0),
+    ]
+    rows = tables.arms_table(found, "04", say).splitlines()[2:]
+    assert rows[0] == "| `steady` | 80.00 ± 0.00 | 1.0 ± 0.0 |  |"
+    assert rows[1] == "| `tie` | 79.83 ± 1.44 | 1.0 ± 0.0 | 0.17 ± 1.44 (a tie) |"
+    assert rows[2] == "| `worse` | 71.00 ± 1.00 | 1.0 ± 0.0 | 9.00 ± 1.00 |"
+
+
+def test_table_of_lessons_gets_time_and_accuracy_in_both_languages():
+    found = [entry("02", seed, seconds, **{"": 75.0 + seed - 43}) for seed, seconds in [(42, 50), (43, 99), (44, None)]]
+    row = "| `02_with_validation.py` | an idea | a view | - | - |"
+    filled = tables.fill_lessons(row, found, tables.words("en"))
+    assert filled == "| `02_with_validation.py` | an idea | a view | 74 s | 75.0 ± 1.0 % on validation images |"
+    assert tables.fill_lessons(filled, found, tables.words("en")) == filled
+    assert "| 74 秒 | 75.0 ± 1.0 % " in tables.fill_lessons(row, found, tables.words("zh"))
+    other = "| `03_save_load_model.py` | an idea | a view | - | - |"
+    assert tables.fill_lessons(other, found, tables.words("en")) == other
+
+
+def test_group_sizes_are_compared_by_the_lessons_own_training(tmp_path, capsys):
+    flags = ["--seeds", "1", "2", "--group-sizes", "1", "64", "--epochs", "1", "--subset", "64", "--data", "digits"]
+    group_size.main([*flags, "--json", str(tmp_path / "g.json")])
+    report = json.loads((tmp_path / "g.json").read_text(encoding="utf-8"))
+    assert list(report["accuracy"]) == ["1", "64"] and report["seeds"] == [1, 2]
+    output = capsys.readouterr().out
+    for size, values in report["accuracy"].items():
+        assert len(values) == 2 and all(0 <= value <= 100 for value in values)
+        assert f"groups of {size:>3}: mean {np.mean(values):.2f} %" in output

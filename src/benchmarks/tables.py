@@ -23,9 +23,9 @@ CHINESE = {
     "behind the first": "落后第一名",
     "a tie": "平局",
     "points": "个百分点",
-    "on training images": "(训练图片)",
-    "on validation images": "(验证图片)",
-    "on test images": "(测试图片)",
+    "on training images": "（训练图片）",
+    "on validation images": "（验证图片）",
+    "on test images": "（测试图片）",
     "min": "分钟",
     "s": "秒",
     "lesson": "课程",
@@ -36,15 +36,14 @@ CHINESE = {
     "images per second": "每秒图片数",
     "share of the arithmetic limit": "占算力上限的比例",
     "ratio": "比值",
-    "median (least to greatest)": "中位数(最小到最大)",
+    "median (least to greatest)": "中位数（最小到最大）",
     "images in a group": "每组图片数",
     "mean": "平均",
     "standard error": "标准误",
     "every seed": "各个种子",
-    "Measured on": "测量环境:",
-    "data": "数据:",
     "random images": "随机图片",
-    "mean ± standard deviation over the seeds": "平均值 ± 各种子间的标准差",
+    "Measured on {machines}; data: {data}.": "测量环境：{machines}；数据：{data}。",
+    "Each figure is the mean ± the standard deviation over the seeds.": "每个数字是各个种子的平均值 ± 标准差。",
 }
 
 
@@ -125,6 +124,8 @@ def arms_table(results, number, say):
     Arms of one seed share their first weights and their batches, so the differences are taken seed by seed.
     """
     entries = pick(results, number)
+    if not entries:
+        return "..."  # not measured yet
     accuracy = {arm: [entry["arms"][arm]["val_accuracy"] for entry in entries] for arm in entries[0]["arms"]}
     ranking = sorted(accuracy, key=lambda arm: -statistics.mean(accuracy[arm]))
     rows = []
@@ -180,7 +181,7 @@ def group_size_table(report, say):
 def measured_on(machines, data, say):
     """Return one sentence that names the machines and the data behind a table."""
     names = " / ".join(dict.fromkeys(machine_in_words(machine) for machine in machines))
-    return f"{say('Measured on')} {names}; {say('data')} {data}."
+    return say("Measured on {machines}; data: {data}.").format(machines=names, data=data)
 
 
 def fill(text, language):
@@ -193,12 +194,14 @@ def fill(text, language):
     tables = {
         "lessons": lambda old: fill_lessons(old, results, say),
         "runs": lambda old: runs_table(results, say),
-        "runs machine": lambda old: measured_on(
-            [entry["machine"] for entry in results],
-            ", ".join(dict.fromkeys(entry["data"] for entry in results))
-            + "; "
-            + say("mean ± standard deviation over the seeds"),
-            say,
+        "runs machine": lambda old: (
+            measured_on(
+                [entry["machine"] for entry in results],
+                ", ".join(dict.fromkeys(entry["data"] for entry in results)),
+                say,
+            )
+            + " "
+            + say("Each figure is the mean ± the standard deviation over the seeds.")
         ),
         "schedulers": lambda old: arms_table(results, "04", say),
         "augmentation": lambda old: arms_table(results, "05", say),
@@ -208,8 +211,8 @@ def fill(text, language):
         "group size": lambda old: group_size_table(group_size, say),
     }
     return re.sub(
-        r"(<!-- table: (.*?) -->\n)(.*?)(\n<!-- end of table -->)",
-        lambda match: match[1] + tables[match[2]](match[3]) + match[4],
+        r"(<!-- table: (.*?) -->\n)(.*?)(<!-- end of table -->)",
+        lambda match: match[1] + tables[match[2]](match[3].rstrip("\n")) + "\n" + match[4],
         text,
         flags=re.DOTALL,
     )
