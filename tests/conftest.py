@@ -2,26 +2,22 @@
 
 import contextlib
 import functools
-import importlib.util
 import io
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from common import load_lesson
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+torch.set_num_threads(1)  # batches are so small here that a second thread would only wait for the first
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "src" / "experiments" / "model_train").glob("0*.py"))
 QUICK = ["--data", "digits", "--epochs", "1", "--subset", "256", "--device", "cpu"]
-
-
-def load_lesson(path):
-    """Import a lesson from its file; its name begins with a digit, so `import` cannot."""
-    spec = importlib.util.spec_from_file_location(f"lesson_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_lesson(lesson, output_dir, *flags):
@@ -41,7 +37,7 @@ def read_scalars(run_dir):
 @pytest.fixture(scope="session")
 def lessons():
     """The six lessons as modules, by number: "01" to "06"."""
-    return {path.stem[:2]: load_lesson(path) for path in FILES}
+    return {path.stem[:2]: load_lesson(path.stem[:2]) for path in FILES}
 
 
 @pytest.fixture(scope="session")

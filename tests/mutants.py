@@ -44,6 +44,9 @@ MUTANTS = {
     ),
     "validate with gradients": ("23456", "@torch.no_grad()  # nothing here", "# nothing here"),
     "do not shuffle": ("123456", "shuffle=True, generator=shuffle", "shuffle=False, generator=shuffle"),
+    "pin no memory for a GPU": ("123456", 'pinned = args.device.type == "cuda"', "pinned = False"),
+    "pin memory without a GPU": ("123456", 'pinned = args.device.type == "cuda"', "pinned = True"),
+    "read the loss of every batch": ("123456", "        loss.backward()\n", "        loss.backward()\n        loss.item()\n"),
     "shuffle without a generator": ("123456", "shuffle=True, generator=shuffle", "shuffle=True"),
     "average batch means": ("123456", "loss.detach() * len(labels)", "loss.detach() * loader.batch_size"),
     "average validation batch means": (
