@@ -228,7 +228,7 @@ def test_table_of_lessons_gets_time_and_accuracy_in_both_languages():
     filled = tables.fill_lessons(row, found, tables.words("en"))
     assert filled == "| `02_with_validation.py` | an idea | a view | 74 s | 75.0 ± 1.0 % on validation images |"
     assert tables.fill_lessons(filled, found, tables.words("en")) == filled
-    assert "| 74 秒 | 75.0 ± 1.0 % " in tables.fill_lessons(row, found, tables.words("zh"))
+    assert "| 74 秒 | 75.0 ± 1.0%（验证图片） |" in tables.fill_lessons(row, found, tables.words("zh"))
     other = "| `03_save_load_model.py` | an idea | a view | - | - |"
     assert tables.fill_lessons(other, found, tables.words("en")) == other
 

@@ -22,10 +22,9 @@ CHINESE = {
     "gap": "差距",
     "behind the first": "落后第一名",
     "a tie": "平局",
-    "points": "个百分点",
-    "on training images": "（训练图片）",
-    "on validation images": "（验证图片）",
-    "on test images": "（测试图片）",
+    "{} % on training images": "{}%（训练图片）",
+    "{} % on validation images": "{}%（验证图片）",
+    "{} % on test images": "{}%（测试图片）",
     "min": "分钟",
     "s": "秒",
     "lesson": "课程",
@@ -43,7 +42,7 @@ CHINESE = {
     "every seed": "各个种子",
     "random images": "随机图片",
     "Measured on {machines}; data: {data}.": "测量环境：{machines}；数据：{data}。",
-    "Each figure is the mean ± the standard deviation over the seeds.": "每个数字是各个种子的平均值 ± 标准差。",
+    " Of several seeds: the mean ± the standard deviation.": "有几个种子时：平均值 ± 标准差。",
 }
 
 
@@ -74,8 +73,9 @@ def headline(entries, say):
     split = {"01": "train", "06": "test"}.get(entries[0]["lesson"], "val")
     by_arm = {arm: [entry["arms"][arm][f"{split}_accuracy"] for entry in entries] for arm in entries[0]["arms"]}
     best = max(by_arm, key=lambda arm: statistics.mean(by_arm[arm]))
-    where = {"train": "on training images", "val": "on validation images", "test": "on test images"}[split]
-    return f"{mean_and_spread(by_arm[best], 1)} % {say(where)}" + (f", {best}" if best else "")
+    split_name = {"train": "training", "val": "validation", "test": "test"}[split]
+    text = say(f"{{}} % on {split_name} images").format(mean_and_spread(by_arm[best], 1))
+    return text + (f", {best}" if best else "")
 
 
 def duration(entries, say):
@@ -200,8 +200,7 @@ def fill(text, language):
                 ", ".join(dict.fromkeys(entry["data"] for entry in results)),
                 say,
             )
-            + " "
-            + say("Each figure is the mean ± the standard deviation over the seeds.")
+            + say(" Of several seeds: the mean ± the standard deviation.")
         ),
         "schedulers": lambda old: arms_table(results, "04", say),
         "augmentation": lambda old: arms_table(results, "05", say),

@@ -7,13 +7,14 @@ from the same weights and sees the same batches in the same order, so that nothi
     python src/experiments/model_train/04_lr_scheduler.py --schedulers StepLR --epochs 3 --subset 2000  # a quick look
     tensorboard --logdir tensor_board/04_lr_scheduler                                                 # the curves
 
-Expect 76.9 to 77.8 % validation accuracy with the schedules and 74.8 % with the constant rate, in 14 minutes (2 CPU
-cores, JPEG copy of CIFAR-10, seed 42).
+Expect 76.9 to 77.8 % validation accuracy with the schedules and 74.8 % with the constant rate, in 14 to 25 minutes
+(2 CPU cores, JPEG copy of CIFAR-10, seed 42).
 It writes artifacts/lr_schedules.png and artifacts/lr_comparison.png; checkpoints (the latest, and the best of every
 arm) to artifacts/checkpoints/04_lr_scheduler/; a TensorBoard run to tensor_board/04_lr_scheduler/<Scheduler>/.
 
 Exercises: 1. Write T_max=epochs // 2 in SCHEDULERS, and look at lr_schedules.png: the cosine comes back up.
-2. Call scheduler.step() before run_epoch(): PyTorch warns, and the first epoch misses the rate you asked for.
+2. Move scheduler.step() before run_epoch() and add --schedulers ExponentialLR: PyTorch warns, and the first epoch
+misses the rate you asked for.
 """
 
 import argparse
