@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import io
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +10,6 @@ import pytest
 import torch
 from common import load_lesson
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-torch.set_num_threads(1)  # batches are so small here that a second thread would only wait for the first
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for the processes that tests start
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "src" / "experiments" / "model_train").glob("0*.py"))
