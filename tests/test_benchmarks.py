@@ -184,8 +184,9 @@ def test_results_are_kept_and_not_run_again(stub, tmp_path):
     assert entry["arms"] == {"": {"train_accuracy": 81.25}}
     assert 0.2 <= entry["seconds"] < 60
     assert len(stub()) == 1, "it ran again"
-    assert len(stub("--first-seed", "43")) == 2
-    assert [entry["seed"] for entry in json.loads(results.RESULTS.read_text(encoding="utf-8"))] == [42, 43]
+    assert len(stub("--first-seed", "43", "--untimed")) == 2
+    entries = json.loads(results.RESULTS.read_text(encoding="utf-8"))
+    assert [(entry["seed"], entry["seconds"] is None) for entry in entries] == [(42, False), (43, True)]
 
 
 def test_a_failed_run_is_no_result(stub):

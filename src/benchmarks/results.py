@@ -5,7 +5,8 @@
 
 Every finished run is added to the file at once, so the command can be stopped at any time and started again: what is
 in the file is not run again, and a lesson that saves checkpoints goes on after its last epoch. To repeat a run, delete
-its entry. Nothing else should run on the machine meanwhile, because times are measured too.
+its entry. Nothing else should run on the machine meanwhile, because times are measured too; if something must, say
+--untimed.
 
 src/benchmarks/tables.py writes the figures into the guides.
 """
@@ -99,7 +100,7 @@ def run(number, seed, args):
         "lesson": number,
         "seed": seed,
         "data": args.data_name,
-        "seconds": None if resumed else round(seconds, 1),  # of a resumed run only a part was timed
+        "seconds": None if resumed or args.untimed else round(seconds, 1),  # of a resumed run only a part was timed
         "peak_memory_bytes": peak_memory,
         "machine": describe_machine(),
         "arms": collect(number, folder),
@@ -129,6 +130,7 @@ def build_parser():
     add("--data-dir", type=Path, help="folder of CIFAR-10; the lessons' own default if it is not given")
     add("--data-name", default="CIFAR-10", help="what the tables call the data")
     add("--work-dir", type=Path, default=ROOT / "artifacts" / "results", help="folder for what the runs write")
+    add("--untimed", action="store_true", help="keep no times, because the machine has other things to do")
     add("--launcher", type=Path, help="a Python script that runs the lesson and the flags given to it")
     return parser
 
