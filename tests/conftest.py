@@ -16,6 +16,11 @@ FILES = sorted((ROOT / "src" / "experiments" / "model_train").glob("0*.py"))
 QUICK = ["--data", "digits", "--epochs", "1", "--subset", "256", "--device", "cpu"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=1, help="how often tests/test_faults.py kills each lesson")
+    parser.addoption("--cases", type=int, default=50, help="how many command lines it tries on each lesson")
+
+
 def run_lesson(lesson, output_dir, *flags):
     """Run main() of a lesson on 256 digits for one epoch, unless the flags say otherwise. Returns what it printed."""
     with contextlib.redirect_stdout(io.StringIO()) as output:

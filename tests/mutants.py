@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = Path("src/experiments/model_train")
 # The quick ones first. (What the lessons have in common is not the point here, so test_sync.py stays out.)
-FILES = ["training", "evaluation", "data", "schedules", "smoke", "checkpoints", "command_line", "tensorboard"]
+FILES = ["training", "evaluation", "data", "schedules", "smoke", "checkpoints", "command_line", "tensorboard", "faults"]
 
 # name: (lessons, text, replacement)
 MUTANTS = {
@@ -72,7 +72,19 @@ MUTANTS = {
     "trust a training that was stopped": ("6", "    save_checkpoint(best, path)", "            save_checkpoint(best, path)"),
     "keep the live weights": ("6", "copy.deepcopy(model.state_dict())", "model.state_dict()"),
     "write over the earlier run": ("345", "        folder.rename(new_run_dir(folder.parent, LESSON))", "        pass"),
-    "no network timeout": ("123456", "        socket.setdefaulttimeout(15)", "        #"),
+    "no network timeout": ("123456", "urlopen(url, timeout=15)", "urlopen(url, timeout=None)"),
+    "wait for a mirror that trickles": ("123456", "elif time.monotonic() > deadline:", "elif False:"),
+    "accept any archive": ("123456", "if hashlib.md5(content).hexdigest() != CIFAR10.tgz_md5:", "if False:"),
+    "go on with nan": ("123456", "if not math.isfinite(loss):", "if False:"),
+    "notice nan at the end of the epoch": ("123456", "if batch % 20 == 0 or batch == len(loader):", "if batch == len(loader):"),
+    "validate nan": ("23456", '    stop_if_diverged(val_loss, epoch, "validation")', "    #"),
+    "believe in the TensorBoard folder": ("23456", "    Path(writer.log_dir).mkdir(parents=True, exist_ok=True)", "    #"),
+    "believe in checksums that nobody looks at": ("3456", "        if file.testzip():", "        if False:"),
+    "name the oldest file": ("3456", "key=lambda file: file.stat().st_mtime)", "key=lambda file: -file.stat().st_mtime)"),
+    "read pictures of any size": ("3", "if picture.width * picture.height > 50_000_000:", "if False:"),
+    "cut 16 bits off at 255": ("3", 'if picture.mode.startswith("I"):', "if False:"),
+    "take an empty --resume for none": ("345", "if args.resume is not None:", "if args.resume:"),
+    "write pictures in place": ("1456", 'temporary = path.with_suffix(".tmp")\n', "temporary = path\n"),
     "fall back without a word": (
         "123456",
         'answered: going on with handwritten digits instead."',
@@ -147,8 +159,8 @@ MUTANTS = {
     ),
     "predict in train mode": ("3", "    model.eval()  # forgotten", "    model.train()  # forgotten"),
     "softmax over the batch": ("3", "F.softmax(model(to_input(images, device)), dim=1)", "F.softmax(model(to_input(images, device)), dim=0)"),
-    "picture not turned upright": ("3", "ImageOps.exif_transpose(Image.open(path))", "Image.open(path)"),
-    "picture squeezed": ("3", "ImageOps.fit(picture, (32, 32))", "picture.resize((32, 32))"),
+    "picture not turned upright": ("3", "ImageOps.exif_transpose(picture)", "picture"),
+    "picture squeezed": ("3", 'ImageOps.fit(picture.convert("RGB"), (32, 32))', 'picture.convert("RGB").resize((32, 32))'),
     "forget the scheduler's state": ("45", '        scheduler.load_state_dict(checkpoint["scheduler"])', "        #"),
     "plateau on the training loss": ("4", 'scheduler.step(history[-1]["val_loss"])', 'scheduler.step(history[-1]["train_loss"])'),
     "rate logged after the step": (

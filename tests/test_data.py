@@ -4,11 +4,13 @@ import contextlib
 import hashlib
 import io
 import pickle
-import socket
 import tarfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -44,7 +46,10 @@ def archive():
 
 
 class Mirror(BaseHTTPRequestHandler):
-    """Serves the archive at /good/, something else at /wrong/, and nothing, for a long time, at /silent/."""
+    """Serves the archive at /good/, something else at /wrong/, and for a long time nothing at /silent/.
+
+    At /trickle/ it sends a byte every twentieth of a second, at /half/ the first half of the archive and no more.
+    """
 
     content, requests = b"", []
 
@@ -53,14 +58,16 @@ class Mirror(BaseHTTPRequestHandler):
         if self.path.startswith("/silent/"):
             self.server.stopping.wait(20)
             return
-        body = Mirror.content if self.path.startswith("/good/") else b"this is no archive"
+        body = b"this is no archive" if self.path.startswith("/wrong/") else Mirror.content
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
+        if self.path.startswith("/trickle/"):
+            for i in range(400):
+                if self.server.stopping.wait(0.05):
+                    return
+                self.wfile.write(body[i : i + 1])
+        self.wfile.write(body[: len(body) // 2] if self.path.startswith("/half/") else body)
 
     def log_message(self, *args):
         pass
@@ -77,7 +84,7 @@ def cifar10(lessons, archive, monkeypatch):
     )
     monkeypatch.setattr(lesson.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(lesson.CIFAR10, "meta", {**lesson.CIFAR10.meta, "md5": sums["batches.meta"]})
-    monkeypatch.setattr(lesson.CIFAR10, "url", lesson.CIFAR10.url)
+    monkeypatch.setattr(lesson.CIFAR10, "url", NO_SERVER)  # torchvision is to download nothing by itself
     monkeypatch.setattr(Mirror, "content", content)
     monkeypatch.setattr(Mirror, "requests", [])
     server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
@@ -87,7 +94,6 @@ def cifar10(lessons, archive, monkeypatch):
     server.stopping.set()
     server.shutdown()
     server.server_close()
-    socket.setdefaulttimeout(None)
 
 
 def test_a_dead_and_a_wrong_mirror_are_passed_over(cifar10, archive, monkeypatch, tmp_path, capsys):
@@ -113,13 +119,69 @@ def test_a_dead_and_a_wrong_mirror_are_passed_over(cifar10, archive, monkeypatch
 def test_a_silent_mirror_is_given_up(cifar10, monkeypatch, tmp_path):
     lesson, address = cifar10
     name = "cifar-10-python.tar.gz"
-    set_timeout, asked = socket.setdefaulttimeout, []
-    monkeypatch.setattr(lesson.socket, "setdefaulttimeout", lambda seconds: (asked.append(seconds), set_timeout(0.5)))
+    asked = []
+    monkeypatch.setattr(lesson, "urlopen", lambda url, timeout: (asked.append(timeout), urlopen(url, timeout=0.5))[1])
     monkeypatch.setattr(lesson, "MIRRORS", [f"{address}/silent/{name}", f"{address}/good/{name}"])
     start = time.monotonic()
     *_, data_name = lesson.load_data("auto", tmp_path, train=True)
     assert data_name == "cifar10" and time.monotonic() - start < 10
     assert 0 < asked[0] <= 20
+
+
+def test_a_mirror_that_trickles_is_given_up(cifar10, monkeypatch, tmp_path, capsys):
+    """By a clock that is twenty times as fast, so that 20 seconds are one."""
+    lesson, address = cifar10
+    name = "cifar-10-python.tar.gz"
+    monkeypatch.setattr(lesson, "time", SimpleNamespace(monotonic=lambda: 20 * time.monotonic()))
+    monkeypatch.setattr(lesson, "MIRRORS", [f"{address}/trickle/{name}", f"{address}/good/{name}"])
+    start = time.monotonic()
+    *_, data_name = lesson.load_data("auto", tmp_path, train=True)
+    assert data_name == "cifar10" and time.monotonic() - start < 10
+    assert "less than 100 kB in 20 seconds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state", ["half an archive", "another archive", "an empty archive", "a folder without files"])
+def test_what_an_earlier_run_left_half_done_does_no_harm(cifar10, archive, monkeypatch, tmp_path, state):
+    lesson, address = cifar10
+    file = tmp_path / "cifar-10-python.tar.gz"
+    if state == "a folder without files":
+        (tmp_path / "cifar-10-batches-py").mkdir()
+    else:
+        contents = {"half an archive": archive[0][:5000], "another archive": archive[0][::-1], "an empty archive": b""}
+        file.write_bytes(contents[state])
+    monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER])
+    assert lesson.load_data("auto", tmp_path, train=True)[3] == "digits"
+    monkeypatch.setattr(lesson, "MIRRORS", [f"{address}/half/{file.name}", f"{address}/good/{file.name}"])
+    images, *_, data_name = lesson.load_data("auto", tmp_path, train=True)
+    assert data_name == "cifar10" and len(images) == 50
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def test_a_damaged_batch_file_is_unpacked_again(cifar10, archive, monkeypatch, tmp_path, damage):
+    lesson, _ = cifar10
+    monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER])
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0])
+    before = lesson.load_data("cifar10", tmp_path, train=True)[0]
+    file = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(content[:1000] if damage == "cut" else content[:-1] + b"!")
+    assert torch.equal(lesson.load_data("cifar10", tmp_path, train=True)[0], before)
+    file.unlink()
+    (tmp_path / "cifar-10-python.tar.gz").unlink()
+    with pytest.raises(SystemExit, match="CIFAR-10 is not in"):
+        lesson.load_data("cifar10", tmp_path, train=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_full_disk_is_not_the_mirrors_fault(cifar10, monkeypatch, tmp_path):
+    lesson, address = cifar10
+    (tmp_path / "cifar-10-python.tar.gz").symlink_to("/dev/full")
+    monkeypatch.setattr(lesson, "MIRRORS", [f"{address}/good/cifar-10-python.tar.gz"] * 2)
+    with pytest.raises(OSError, match="No space left"):
+        lesson.load_data("auto", tmp_path, train=True)
+    assert len(Mirror.requests) == 1, "it is not downloaded a second time"
 
 
 def test_an_archive_put_there_by_hand_needs_no_network(cifar10, archive, monkeypatch, tmp_path):
@@ -133,13 +195,11 @@ def test_an_archive_put_there_by_hand_needs_no_network(cifar10, archive, monkeyp
 def test_without_network_digits_take_over_with_a_notice(lessons, monkeypatch, tmp_path, capsys):
     lesson = lessons["01"]
     monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER])
-    monkeypatch.setattr(lesson.CIFAR10, "url", lesson.CIFAR10.url)
     *_, data_name = lesson.load_data("auto", tmp_path, train=True)
     output = capsys.readouterr().out
     assert data_name == "digits" and "handwritten digits instead" in output and "cifar-10-python.tar.gz" in output
     with pytest.raises(SystemExit, match="CIFAR-10 is not in"):
         lesson.load_data("cifar10", tmp_path, train=True)
-    socket.setdefaulttimeout(None)
 
 
 def test_the_official_server_is_asked_last(lessons):
@@ -243,14 +303,14 @@ def test_training_images_change_every_epoch_and_validation_images_never(lessons,
     model.register_forward_hook(lambda module, inputs, _: seen.append((module.training, inputs[0].clone())))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for _ in range(2):
-        lesson.run_epoch(model, loader, loader, torch.nn.CrossEntropyLoss(), optimizer, "cpu", 16)
+        lesson.run_epoch(model, loader, loader, torch.nn.CrossEntropyLoss(), optimizer, "cpu", 1, 16)
     training = [torch.cat([images for mode, images in part if mode]) for part in [seen[:4], seen[4:]]]
     validation = [torch.cat([images for mode, images in part if not mode]) for part in [seen[:4], seen[4:]]]
     plain = lesson.to_input(photos, "cpu")
     assert torch.equal(validation[0], plain) and torch.equal(validation[1], plain)
     assert not torch.equal(training[0], plain) and not torch.equal(training[0], training[1])
     seen.clear()
-    lesson.run_epoch(model, loader, loader, torch.nn.CrossEntropyLoss(), optimizer, "cpu")
+    lesson.run_epoch(model, loader, loader, torch.nn.CrossEntropyLoss(), optimizer, "cpu", 1)
     assert torch.equal(torch.cat([images for mode, images in seen if mode]), plain), "no group size, no augmentation"
 
 
@@ -262,7 +322,7 @@ def test_05_and_06_augment_where_they_say(lessons, tmp_path, monkeypatch):
         monkeypatch.setattr(
             lessons[number],
             "run_epoch",
-            lambda *args, run=run_epoch, sizes=sizes: (sizes.append(args[6]), run(*args))[1],
+            lambda *args, run=run_epoch, sizes=sizes: (sizes.append(args[7]), run(*args))[1],
         )
         flags = ["--data", "digits", "--epochs", "1", "--subset", "32", "--device", "cpu", "--group-size", "8"]
         with contextlib.redirect_stdout(io.StringIO()):

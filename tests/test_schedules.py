@@ -46,9 +46,9 @@ def test_logged_rate_is_the_one_the_optimizer_used(lessons, tmp_path, monkeypatc
     lesson, used = lessons["04"], []
     train_one_epoch = lesson.train_one_epoch
 
-    def spy(model, loader, loss_fn, optimizer, device):
+    def spy(model, loader, loss_fn, optimizer, *args):
         used.append(optimizer.param_groups[0]["lr"])
-        return train_one_epoch(model, loader, loss_fn, optimizer, device)
+        return train_one_epoch(model, loader, loss_fn, optimizer, *args)
 
     monkeypatch.setattr(lesson, "train_one_epoch", spy)
     run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 4, "--schedulers", "CosineAnnealingLR")

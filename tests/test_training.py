@@ -65,7 +65,7 @@ def test_training_loss_and_accuracy_are_weighted_by_images(lessons, images, numb
         total += loss_fn(logits, labels).item() * (last - first)
         correct += (logits.argmax(dim=1) == labels).sum().item()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # no learning, so that the reference holds
-    loss, accuracy = lessons[number].train_one_epoch(model, DataLoader(images, 8), loss_fn, optimizer, "cpu")
+    loss, accuracy = lessons[number].train_one_epoch(model, DataLoader(images, 8), loss_fn, optimizer, "cpu", 1)
     assert loss == pytest.approx(total / 20, abs=1e-5) and accuracy == pytest.approx(100 * correct / 20)
 
 
@@ -89,7 +89,7 @@ def test_modes_and_gradients_are_right_in_every_epoch(lessons, images, number):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     train_loader, val_loader = DataLoader(images, 8), DataLoader(images, 20)
     for _ in range(2):
-        lessons[number].run_epoch(model, train_loader, val_loader, nn.CrossEntropyLoss(), optimizer, "cpu")
+        lessons[number].run_epoch(model, train_loader, val_loader, nn.CrossEntropyLoss(), optimizer, "cpu", 1)
     assert seen == [(True, True)] * 3 + [(False, False)] + [(True, True)] * 3 + [(False, False)]
 
 
@@ -98,7 +98,7 @@ def test_01_trains_in_train_mode_after_its_look_at_the_first_loss(lessons, image
     seen = []
     model.register_forward_hook(lambda module, *_: seen.append(module.training))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    lessons["01"].train_one_epoch(model, DataLoader(images, 8), nn.CrossEntropyLoss(), optimizer, "cpu")
+    lessons["01"].train_one_epoch(model, DataLoader(images, 8), nn.CrossEntropyLoss(), optimizer, "cpu", 1)
     assert seen == [True] * 3
 
 
@@ -116,7 +116,7 @@ def test_one_epoch_takes_the_steps_of_plain_sgd(lessons, images, number):
             for weights, gradient in zip(reference.parameters(), gradients, strict=True):
                 weights -= 0.01 * gradient
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    lessons[number].train_one_epoch(model, DataLoader(images, 8), loss_fn, optimizer, "cpu")
+    lessons[number].train_one_epoch(model, DataLoader(images, 8), loss_fn, optimizer, "cpu", 1)
     for weights, expected in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(weights, expected, atol=1e-6)
 
@@ -146,7 +146,7 @@ def test_the_network_can_learn_64_images_by_heart(lessons, number):
     model = make(lessons[number])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for _ in range(30):
-        loss, accuracy = lessons[number].train_one_epoch(model, loader, nn.CrossEntropyLoss(), optimizer, "cpu")
+        loss, accuracy = lessons[number].train_one_epoch(model, loader, nn.CrossEntropyLoss(), optimizer, "cpu", 1)
     assert accuracy == 100 and loss < 0.1
 
 
@@ -166,7 +166,7 @@ def test_loss_function_gets_logits(lessons, images, number):
 
     model = make(lessons[number])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    lessons[number].train_one_epoch(model, DataLoader(images, 8), check, optimizer, "cpu")
+    lessons[number].train_one_epoch(model, DataLoader(images, 8), check, optimizer, "cpu", 1)
 
 
 def test_02_modes_are_shown_on_a_copy(lessons, images, capsys):
@@ -210,7 +210,7 @@ def test_nothing_in_the_loops_waits_for_a_gpu(lessons, images, number, monkeypat
     counts = []
     for batch_size in [20, 2]:
         reads.clear()
-        lessons[number].train_one_epoch(model, DataLoader(images, batch_size), loss_fn, optimizer, "cpu")
+        lessons[number].train_one_epoch(model, DataLoader(images, batch_size), loss_fn, optimizer, "cpu", 1)
         if number != "01":
             lessons[number].evaluate(model, DataLoader(images, batch_size), loss_fn, "cpu")
         counts.append(len(reads))

@@ -96,7 +96,7 @@ def lesson_task(lesson, images, labels, *group_size):
     """Return a function that trains one epoch with the lesson's own code."""
     model, loss_fn, optimizer = new_training(lesson, torch.channels_last)
     loader = DataLoader(TensorDataset(images, labels), BATCH_SIZE, shuffle=True)
-    return lambda: lesson.train_one_epoch(model, loader, loss_fn, optimizer, torch.device("cpu"), *group_size)
+    return lambda: lesson.train_one_epoch(model, loader, loss_fn, optimizer, torch.device("cpu"), 1, *group_size)
 
 
 def ceiling_task(lesson, images, labels):

