@@ -79,6 +79,7 @@ MUTANTS = {
     "notice nan at the end of the epoch": ("123456", "if batch % 20 == 0 or batch == len(loader):", "if batch == len(loader):"),
     "validate nan": ("23456", '    stop_if_diverged(val_loss, epoch, "validation")', "    #"),
     "believe in the TensorBoard folder": ("23456", "    Path(writer.log_dir).mkdir(parents=True, exist_ok=True)", "    #"),
+    "keep the curves in memory": ("23456", "    writer.flush()  # now", "    #"),
     "believe in checksums that nobody looks at": ("3456", "        if file.testzip():", "        if False:"),
     "name the oldest file": ("3456", "key=lambda file: file.stat().st_mtime)", "key=lambda file: -file.stat().st_mtime)"),
     "read pictures of any size": ("3", "if picture.width * picture.height > 50_000_000:", "if False:"),

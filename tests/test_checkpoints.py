@@ -6,7 +6,6 @@ import pickle
 import random
 import re
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,24 +17,6 @@ PATHS = {path.stem[:2]: path for path in FILES}
 STRICT = ["-W", "error::FutureWarning:__main__", "-W", "error::DeprecationWarning:__main__"]
 FLAGS = ["--data", "digits", "--subset", "200", "--device", "cpu", "--batch-size", "64"]
 
-# Runs a lesson in a process of its own, and presses Ctrl-C in it before the report of its Nth epoch.
-INTERRUPTED = """
-import runpy, sys
-lesson, stop, *flags = sys.argv[1:]
-reports = 0
-from torch.utils.tensorboard import SummaryWriter
-add_scalar = SummaryWriter.add_scalar
-def add_or_interrupt(self, tag, *args, **kwargs):
-    global reports
-    reports += tag == "Loss/train"
-    if reports == int(stop):
-        raise KeyboardInterrupt
-    return add_scalar(self, tag, *args, **kwargs)
-SummaryWriter.add_scalar = add_or_interrupt
-sys.argv = [lesson, *flags]
-runpy.run_path(lesson, run_name="__main__")
-"""
-
 
 def folder_of(lesson, output_dir):
     return output_dir / "artifacts" / "checkpoints" / lesson.LESSON
@@ -43,6 +24,19 @@ def folder_of(lesson, output_dir):
 
 def load(path):
     return torch.load(path, weights_only=True)
+
+
+def interrupt_before_report(context, lesson, stop):
+    """Press Ctrl-C in a lesson before the report of its Nth epoch."""
+    reports, report_epoch = [], lesson.report_epoch
+
+    def interrupt(*args):
+        reports.append(args)
+        if len(reports) == stop:
+            raise KeyboardInterrupt
+        report_epoch(*args)
+
+    context.setattr(lesson, "report_epoch", interrupt)
 
 
 def assert_same_state(one, other):
@@ -69,15 +63,12 @@ def assert_same_state(one, other):
         ("04", 3, 6, ["--schedulers", "StepLR", "ReduceLROnPlateau"]),  # in the last epoch of the second arm
     ],
 )
-def test_resumed_in_a_new_process_equals_uninterrupted(lessons, tmp_path, number, epochs, stop, more):
+def test_resumed_in_a_new_process_equals_uninterrupted(lessons, tmp_path, monkeypatch, number, epochs, stop, more):
     lesson, flags = lessons[number], [*FLAGS, "--epochs", str(epochs), *more]
-    command = [sys.executable, *STRICT, "-c", INTERRUPTED, str(PATHS[number]), str(stop), *flags]
-    command += ["--output-dir", str(tmp_path / "a")]
-    stopped = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert stopped.returncode == 130, stopped.stderr
-    assert "Traceback" not in stopped.stderr
-    [line] = stopped.stderr.strip().splitlines()
-    command = line.removeprefix("Stopped. To go on after the last saved epoch: ")
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt) as stopped:
+        interrupt_before_report(context, lesson, stop)
+        run_lesson(lesson, tmp_path / "a", *flags)
+    command = str(stopped.value).removeprefix("To go on after the last saved epoch: ")
     words = [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|(\S+)', command)]
     resumed = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert resumed.returncode == 0, resumed.stderr
@@ -95,18 +86,9 @@ def test_resumed_in_a_new_process_equals_uninterrupted(lessons, tmp_path, number
 
 def test_05_resumed_equals_uninterrupted(lessons, tmp_path, monkeypatch):
     """Stopped in the last epoch of the second arm, whose augmentation draws random numbers too."""
-    lesson, reports = lessons["05"], []
-    flags = [*FLAGS, "--subset", "64", "--epochs", "2"]
-    report_epoch = lesson.report_epoch
-
-    def interrupt(*args):
-        reports.append(args)
-        if len(reports) == 4:
-            raise KeyboardInterrupt
-        report_epoch(*args)
-
+    lesson, flags = lessons["05"], [*FLAGS, "--subset", "64", "--epochs", "2"]
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(lesson, "report_epoch", interrupt)
+        interrupt_before_report(context, lesson, 4)
         run_lesson(lesson, tmp_path / "a", *flags)
     run_lesson(lesson, tmp_path / "a", *flags, "--resume")
     run_lesson(lesson, tmp_path / "b", *flags)
@@ -116,16 +98,9 @@ def test_05_resumed_equals_uninterrupted(lessons, tmp_path, monkeypatch):
 
 def test_06_keeps_no_model_of_a_training_that_was_stopped(lessons, tmp_path, monkeypatch):
     """Otherwise the next run would evaluate it as if it were finished."""
-    lesson, reports = lessons["06"], []
-
-    def interrupt(*args):
-        reports.append(args)
-        if len(reports) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(lesson, "report_epoch", interrupt)
+    interrupt_before_report(monkeypatch, lessons["06"], 2)
     with pytest.raises(KeyboardInterrupt):
-        run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 3)
+        run_lesson(lessons["06"], tmp_path, *FLAGS, "--epochs", 3)
     assert not list(tmp_path.rglob("*.pth"))
 
 
@@ -146,14 +121,14 @@ def test_03_goes_on_with_more_epochs_and_saves_every_fifth(lessons, tmp_path):
 
 @pytest.mark.parametrize("number", ["03", "04", "05"])
 def test_a_new_run_keeps_the_checkpoints_of_the_one_before(lessons, tmp_path, number):
-    folder = folder_of(lessons[number], tmp_path)
-    run_lesson(lessons[number], tmp_path, *FLAGS)
+    folder, small = folder_of(lessons[number], tmp_path), [*FLAGS, "--subset", 32]
+    run_lesson(lessons[number], tmp_path, *small)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    run_lesson(lessons[number], tmp_path, *FLAGS, "--seed", 1)
+    run_lesson(lessons[number], tmp_path, *small, "--seed", 1)
     kept = folder.with_name(f"{folder.name}_run_1")
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
     assert load(folder / "latest_checkpoint.pth")["hyperparameters"]["seed"] == 1
-    run_lesson(lessons[number], tmp_path, "--resume", kept / "latest_checkpoint.pth", *FLAGS[2:])
+    run_lesson(lessons[number], tmp_path, "--resume", kept / "latest_checkpoint.pth", *small[2:])
     assert load(folder / "latest_checkpoint.pth")["hyperparameters"]["seed"] == 1
 
 

@@ -226,7 +226,7 @@ def test_no_arguments_bring_a_traceback(finished, lessons, tmp_path, monkeypatch
         except SystemExit as error:
             sentence = error.code if isinstance(error.code, str) else capsys.readouterr().err.rstrip().splitlines()[-1]
             assert error.code not in [0, None] and sentence.strip()
-        except (ReachedTheData, OSError):  # the lines below main() turn an OSError into a sentence
+        except (ReachedTheData, OSError, UnicodeError):  # of the last two the lines below main() make a sentence
             pass
 
     check()
@@ -300,17 +300,17 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(lessons, uni
         assert total - printed <= again <= total - printed + 1, "at most the epoch that was not saved is repeated"
         for path in folder_of(lesson, whole).iterdir():
             assert_same_state(load(checkpoints / path.name), load(path))
-        if there:
-            for events in (whole / "tensor_board").rglob("events*"):
-                scalars = read_scalars(folder / events.parent.relative_to(whole))
-                assert scalars == read_scalars(events.parent), "the same points, each of them once"
+        for events in (whole / "tensor_board").rglob("events*"):
+            # A run that was killed before its first checkpoint began anew, as run_2.
+            runs = sorted((folder / events.parent.parent.relative_to(whole)).iterdir())
+            assert read_scalars(runs[-1]) == read_scalars(events.parent), "the same points, each of them once"
 
 
 @UNIX
 @pytest.mark.parametrize("number", NUMBERS)
 def test_interrupted_at_any_moment_it_says_so_in_one_line(lessons, tmp_path, number, request):
     rounds = request.config.getoption("--kills")
-    if rounds == 1 and number not in ["01", "06"]:
+    if rounds == 1 and number != "06":
         pytest.skip("tried with --kills 2 and more")
     draw = random.Random(rounds)
     for i in range(rounds):

@@ -266,6 +266,7 @@ def report_epoch(writer, epoch, epochs, row):
     writer.add_scalar("Accuracy/val", row["val_accuracy"], epoch)
     writer.add_scalar("Overfitting/accuracy_gap", row["train_accuracy"] - row["val_accuracy"], epoch)
     writer.add_scalar("LearningRate", row["lr"], epoch)
+    writer.flush()  # now, or a crash would take the points of the last two minutes with it
     train = f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:5.2f} %"
     val = f"val loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:5.2f} %"
     speed = f"{row['seconds']:.1f} s, {row['images_per_second']:,.0f} images/s"
@@ -618,5 +619,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt as stop:  # Ctrl-C
         print(f"\nStopped. {stop}", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:  # no permission, a file where a folder should be, a full disk, ...
+    except (OSError, UnicodeError) as error:  # no permission, a full disk, a name that is no text, ...
         sys.exit(f"Cannot use a file or folder: {error}. Name others with --data-dir and --output-dir.")
