@@ -190,6 +190,24 @@ def test_pictures_and_reports_are_replaced_whole_or_not_at_all(finished, lessons
         json.loads((tmp_path / "artifacts" / "evaluation_report.json").read_text(encoding="utf-8"))
 
 
+TOO_SMALL = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+sys.argv = [sys.argv[1], *sys.argv[3:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@UNIX
+def test_a_disk_that_fills_up_gets_one_sentence_and_status_1(tmp_path):
+    """No file may grow beyond 1,000 bytes, as soon TensorBoard's does, which a thread of its own writes."""
+    command = [sys.executable, "-c", TOO_SMALL, str(PATHS["02"]), "1000", *FLAGS, "--output-dir", str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1
+    [line] = process.stderr.splitlines()
+    assert "File too large" in line and "--output-dir" in line
+
+
 # Arguments
 
 TEXTS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=30)
@@ -291,6 +309,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(lessons, uni
         folder = tmp_path / str(i)
         at = draw.randint(1, 6) if i % 3 == 0 else 0
         killed = stop(number, flags, folder, at, draw.uniform(0, seconds), signal.SIGKILL)
+        time.sleep(1)  # TensorBoard sorts the files of a run by the second in which they were begun
         checkpoints = folder_of(lesson, folder)
         there = (checkpoints / "latest_checkpoint.pth").exists()
         output = run_lesson(lesson, folder, *flags, *(["--resume"] if there else []))

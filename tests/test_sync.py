@@ -87,7 +87,10 @@ def test_the_network_is_the_same_in_all_six():
 
 
 def test_the_lines_below_main_are_the_same_in_all_six():
-    assert len({source[source.index('if __name__ == "__main__":') :] for source in SOURCES.values()}) == 1
+    """But for the line that silences TensorBoard's thread: lesson 01 has none."""
+    ends = [strip_marks(source[source.index('if __name__ == "__main__":') :]) for source in SOURCES.values()]
+    assert len(set(ends[1:])) == 1
+    assert ends[0] == re.sub(r"    threading.excepthook = .*\n", "", ends[1])
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -148,7 +151,7 @@ def lines_of_code(source):
 
 def test_lessons_stay_short():
     assert lines_of_code(SOURCES["01"]) <= 200
-    assert lines_of_code(SOURCES["06"]) <= 455, "35 of them guard downloads, files and numbers"
+    assert lines_of_code(SOURCES["06"]) <= 460, "40 of them guard downloads, files and numbers"
     for number in NUMBERS:
         main = next(node for node in ast.parse(SOURCES[number]).body if getattr(node, "name", "") == "main")
         assert main.end_lineno - main.lineno + 1 <= 60, number

@@ -20,6 +20,7 @@ import hashlib
 import math
 import random
 import sys
+import threading
 import time
 from pathlib import Path
 from urllib.request import urlopen
@@ -360,6 +361,8 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
+    # NEW in 02: no traceback of a thread
+    threading.excepthook = lambda _: None  # TensorBoard's thread: flush() raises its errors again, in main()
     try:
         main()
     except KeyboardInterrupt as stop:  # Ctrl-C

@@ -29,6 +29,7 @@ import math
 import os
 import random
 import sys
+import threading
 import time
 from pathlib import Path
 from urllib.request import urlopen
@@ -614,6 +615,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
+    threading.excepthook = lambda _: None  # TensorBoard's thread: flush() raises its errors again, in main()
     try:
         main()
     except KeyboardInterrupt as stop:  # Ctrl-C
