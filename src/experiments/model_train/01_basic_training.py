@@ -75,12 +75,15 @@ def download(archive):
     """
     for url in MIRRORS:
         try:
-            with urlopen(url, timeout=15) as response, tqdm(total=response.length, unit="B", unit_scale=True) as bar:
+            with (
+                urlopen(url, timeout=15) as response,
+                tqdm(total=response.length, unit="B", unit_scale=True, disable=None) as bar,
+            ):
                 content, goal, deadline = bytearray(), 0, 0.0
-                while chunk := response.read1(100_000):  # what has arrived
+                while chunk := response.read1(100_000):  # what has arrived, up to 100 kB
                     content += chunk
                     bar.update(len(chunk))
-                    if len(content) > goal:
+                    if len(content) > goal:  # another 100 kB have arrived: the next may take 20 seconds again
                         goal, deadline = len(content) + 100_000, time.monotonic() + 20
                     elif time.monotonic() > deadline:
                         raise TimeoutError("less than 100 kB in 20 seconds")
