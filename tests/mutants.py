@@ -85,7 +85,7 @@ MUTANTS = {
     "read pictures of any size": ("3", "if picture.width * picture.height > 50_000_000:", "if False:"),
     "cut 16 bits off at 255": ("3", 'if picture.mode.startswith("I"):', "if False:"),
     "take an empty --resume for none": ("345", "if args.resume is not None:", "if args.resume:"),
-    "write pictures in place": ("1456", 'temporary = path.with_suffix(".tmp")\n', "temporary = path\n"),
+    "write pictures in place": ("145", "savefig(temporary,", "savefig(path,", "    temporary.replace(path)", "    #"),
     "fall back without a word": (
         "123456",
         'answered: going on with handwritten digits instead."',

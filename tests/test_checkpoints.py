@@ -222,9 +222,7 @@ def test_unusable_checkpoints_get_one_sentence(finished, lessons, tmp_path, numb
         with pytest.raises(SystemExit) as error:
             run_lesson(lesson, tmp_path / "out", flag, path)
         message = str(error.value.code)
-        assert str(path) in message and "\n" not in message
-        others = [file for file in tmp_path.glob("*.pth") if file.name == "readable.pth"]
-        assert ("that can be read is" in message) == bool(others)
+        assert str(path) in message and "\n" not in message and "another one" in message
     assert not (tmp_path / "was_run").exists()
     lesson.load_checkpoint(good)
 
