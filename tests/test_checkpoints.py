@@ -215,8 +215,8 @@ def test_unusable_checkpoints_get_one_sentence(finished, lessons, tmp_path, numb
     torch.save(other | {"model": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "another_network.pth")
     torch.save({"model": Malice(tmp_path / "was_run")}, tmp_path / "malice.pth")
     (tmp_path / "plain_pickle.pth").write_bytes(pickle.dumps(Malice(tmp_path / "was_run"), protocol=2))
-    paths = [*tmp_path.glob("*.pth"), tmp_path / "missing.pth"]
-    assert len(paths) == 9
+    paths = [*tmp_path.glob("*.pth"), tmp_path / "missing.pth", ""]
+    assert len(paths) == 10
     flag = "--checkpoint" if number == "06" else "--resume"
     for path in paths:
         with pytest.raises(SystemExit) as error:

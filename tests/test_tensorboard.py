@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import run_lesson
+from conftest import read_scalars, run_lesson
 
 NUMBERS = ["02", "03", "04", "05", "06"]
 
@@ -93,3 +93,17 @@ def test_06_shows_figures_and_a_curve_for_every_class(server, finished, lessons)
 def test_hyperparameters_are_recorded(server):
     for run in server("scalars/tags"):
         assert "Hyperparameters/text_summary" in server("text/tags")[run]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_points_of_an_epoch_are_on_the_disk_before_anything_else_happens(lessons, tmp_path, monkeypatch, number):
+    """So a crash loses none that a checkpoint counts on."""
+    report_epoch, points = lessons[number].report_epoch, []
+
+    def report_and_look(writer, epoch, *args):
+        report_epoch(writer, epoch, *args)
+        points.append([step for step, _ in read_scalars(writer.log_dir)["LearningRate"]])
+
+    monkeypatch.setattr(lessons[number], "report_epoch", report_and_look)
+    run_lesson(lessons[number], tmp_path, "--subset", 16, "--epochs", 2)
+    assert points[:2] == [[1], [1, 2]]
