@@ -9,10 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from common import load_lesson
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "src" / "experiments" / "model_train").glob("0*.py"))
+DRAW = {Figure: "savefig", SummaryWriter: "add_figure"}  # what takes long, and few tests look at
+ORIGINALS = {kind: getattr(kind, name) for kind, name in DRAW.items()}
 QUICK = ["--data", "digits", "--epochs", "1", "--subset", "256", "--device", "cpu"]
 
 
@@ -48,10 +52,20 @@ def finished(lessons, tmp_path_factory):
     @functools.cache
     def get(number, device="cpu"):
         folder = tmp_path_factory.mktemp(f"lesson_{number}_{device}")
-        output = run_lesson(lessons[number], folder, "--device", device)
+        with pytest.MonkeyPatch.context() as patch:
+            for kind, name in DRAW.items():
+                patch.setattr(kind, name, ORIGINALS[kind])  # this run has pictures, whoever asks for it first
+            output = run_lesson(lessons[number], folder, "--device", device)
         return SimpleNamespace(folder=folder, output=output, artifacts=folder / "artifacts")
 
     return get
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For tests of other things: pictures are empty files."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
+    monkeypatch.setattr(SummaryWriter, "add_figure", lambda *_: None)
 
 
 @pytest.fixture(params=["cpu"] + (["cuda"] if torch.cuda.is_available() else []))

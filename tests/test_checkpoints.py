@@ -13,6 +13,7 @@ import torch
 from conftest import FILES, read_scalars, run_lesson
 from PIL import Image
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 PATHS = {path.stem[:2]: path for path in FILES}
 STRICT = ["-W", "error::FutureWarning:__main__", "-W", "error::DeprecationWarning:__main__"]
 FLAGS = ["--data", "digits", "--subset", "200", "--device", "cpu", "--batch-size", "64"]

@@ -1,5 +1,6 @@
 """The command line: real processes from elsewhere, and one clear sentence for bad input."""
 
+import os
 import subprocess
 import sys
 
@@ -12,13 +13,25 @@ NUMBERS = list(PATHS)
 STRICT = ["-W", "error::FutureWarning:__main__", "-W", "error::DeprecationWarning:__main__"]
 
 
-@pytest.mark.parametrize("number", ["01", "02", "05", "06"])  # 03 and 04 run as processes in test_checkpoints.py
-def test_runs_as_a_process_from_another_folder(tmp_path, number):
-    command = [sys.executable, *STRICT, str(PATHS[number]), *QUICK, "--subset", "32", "--output-dir", "here"]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
-    assert "Warning" not in process.stderr and "%|" not in process.stderr, "no warning, and no bar without a terminal"
-    assert {path.name for path in tmp_path.iterdir()} == {"here"}
+def test_they_run_as_processes_from_another_folder(tmp_path):
+    """All at the same time, because starting takes longer than running. (03 and 04: see test_checkpoints.py.)"""
+    processes = {}
+    for number in ["01", "02", "05", "06"]:
+        (tmp_path / number).mkdir()
+        command = [sys.executable, *STRICT, str(PATHS[number]), *QUICK, "--subset", "32", "--output-dir", "here"]
+        processes[number] = subprocess.Popen(
+            command,
+            cwd=tmp_path / number,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # four processes must not quarrel over the cores
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    for number, process in processes.items():
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "Warning" not in errors and "%|" not in errors, "no warning, and no bar without a terminal"
+        assert {path.name for path in (tmp_path / number).iterdir()} == {"here"}
 
 
 def test_two_runs_with_one_seed_print_the_same_losses(lessons, finished, tmp_path):
@@ -56,18 +69,9 @@ def test_cuda_that_is_missing_is_named(lessons, capsys):
         assert "'cuda' is not available on this machine" in capsys.readouterr().err
 
 
-def test_unusable_folder_gets_one_sentence_and_status_1(tmp_path):
-    """In a process, because the sentence comes from the lines below main(), which test_sync.py holds alike."""
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    command = [sys.executable, str(PATHS["01"]), "--output-dir", str(tmp_path / "file"), "--data", "digits"]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 1 and "Epoch" not in process.stdout, "before the training, not after it"
-    (line,) = process.stderr.splitlines()
-    assert str(tmp_path / "file") in line and "--output-dir" in line
-
-
 @pytest.mark.parametrize("number", NUMBERS)
 def test_unusable_folders_are_noticed_before_training(lessons, tmp_path, number, monkeypatch):
+    """The lines below main() make a sentence of the error: see test_a_disk_that_fills_up in test_faults.py."""
     monkeypatch.setattr(lessons[number], "train_one_epoch", None)
     (tmp_path / "file").write_text("", encoding="utf-8")
     good = str(tmp_path / "good")
@@ -88,6 +92,7 @@ def test_very_small_runs_work(lessons, tmp_path, number):
     run_lesson(lessons[number], tmp_path, "--subset", 1, "--batch-size", 1)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("number", NUMBERS[1:])
 def test_a_second_run_never_draws_over_the_first(lessons, tmp_path, number):
     runs = []

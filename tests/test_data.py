@@ -314,7 +314,7 @@ def test_training_images_change_every_epoch_and_validation_images_never(lessons,
     assert torch.equal(torch.cat([images for mode, images in seen if mode]), plain), "no group size, no augmentation"
 
 
-def test_05_and_06_augment_where_they_say(lessons, tmp_path, monkeypatch):
+def test_05_and_06_augment_where_they_say(lessons, tmp_path, monkeypatch, no_pictures):
     """The arms of lesson 05 and the training of lesson 06 hand the right group size to every epoch."""
     for number, expected in [("05", [0, 8, 8]), ("06", [8])]:
         sizes = []

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import read_scalars, run_lesson
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 FLAGS = ["--subset", "32", "--batch-size", "16"]
 
 

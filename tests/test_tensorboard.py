@@ -95,6 +95,7 @@ def test_hyperparameters_are_recorded(server):
         assert "Hyperparameters/text_summary" in server("text/tags")[run]
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_points_of_an_epoch_are_on_the_disk_before_anything_else_happens(lessons, tmp_path, monkeypatch, number):
     """So a crash loses none that a checkpoint counts on."""

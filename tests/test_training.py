@@ -9,6 +9,7 @@ from conftest import run_lesson
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 NUMBERS = ["01", "02", "03", "04", "05", "06"]
 WITH_VALIDATION = NUMBERS[1:]
 
