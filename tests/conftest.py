@@ -14,9 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "src" / "experiments" / "model_train").glob("0*.py"))
+PATHS = {path.stem[:2]: path for path in sorted((ROOT / "src" / "experiments" / "model_train").glob("0*.py"))}
+NUMBERS = list(PATHS)  # "01" to "06"
 DRAW = {Figure: "savefig", SummaryWriter: "add_figure"}  # what takes long, and few tests look at
 ORIGINALS = {kind: getattr(kind, name) for kind, name in DRAW.items()}
+FLAGS = ["--data", "digits", "--subset", "200", "--device", "cpu", "--batch-size", "64"]
 QUICK = ["--data", "digits", "--epochs", "1", "--subset", "256", "--device", "cpu"]
 
 
@@ -39,10 +41,35 @@ def read_scalars(run_dir):
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def folder_of(lesson, output_dir):
+    return output_dir / "artifacts" / "checkpoints" / lesson.LESSON
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_state(one, other):
+    """Compare nested dicts, lists and tensors bit for bit, but for what a clock writes."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"seconds", "images_per_second", "run"}:
+            assert_same_state(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for first, second in zip(one, other, strict=True):
+            assert_same_state(first, second)
+    else:
+        assert one == other
+
+
 @pytest.fixture(scope="session")
 def lessons():
     """The six lessons as modules, by number: "01" to "06"."""
-    return {path.stem[:2]: load_lesson(path.stem[:2]) for path in FILES}
+    return {number: load_lesson(number) for number in NUMBERS}
 
 
 @pytest.fixture(scope="session")

@@ -10,21 +10,10 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import FILES, read_scalars, run_lesson
+from conftest import FLAGS, assert_same_state, folder_of, load, read_scalars, run_lesson
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-PATHS = {path.stem[:2]: path for path in FILES}
-STRICT = ["-W", "error::FutureWarning:__main__", "-W", "error::DeprecationWarning:__main__"]
-FLAGS = ["--data", "digits", "--subset", "200", "--device", "cpu", "--batch-size", "64"]
-
-
-def folder_of(lesson, output_dir):
-    return output_dir / "artifacts" / "checkpoints" / lesson.LESSON
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
 
 
 def interrupt_before_report(context, lesson, stop):
@@ -38,23 +27,6 @@ def interrupt_before_report(context, lesson, stop):
         report_epoch(*args)
 
     context.setattr(lesson, "report_epoch", interrupt)
-
-
-def assert_same_state(one, other):
-    """Compare nested dicts, lists and tensors bit for bit, but for what a clock writes."""
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one.keys() - {"seconds", "images_per_second", "run"}:
-            assert_same_state(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for first, second in zip(one, other, strict=True):
-            assert_same_state(first, second)
-    else:
-        assert one == other
 
 
 @pytest.mark.parametrize(

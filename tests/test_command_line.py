@@ -6,10 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import FILES, QUICK, run_lesson
+from conftest import NUMBERS, PATHS, QUICK, run_lesson
 
-PATHS = {path.stem[:2]: path for path in FILES}
-NUMBERS = list(PATHS)
 STRICT = ["-W", "error::FutureWarning:__main__", "-W", "error::DeprecationWarning:__main__"]
 
 

@@ -6,9 +6,12 @@ import shlex
 
 import pytest
 import tables
-from conftest import FILES, ROOT
+from conftest import PATHS, ROOT
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "src").rglob("*.md"), *FILES, *(ROOT / "src/benchmarks").glob("*.py")])
+LESSONS = list(PATHS.values())
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "src").rglob("*.md"), *LESSONS, *(ROOT / "src/benchmarks").glob("*.py")]
+)
 GUIDES = [path for path in DOCUMENTS if path.suffix == ".md"]
 CHINESE = [path for path in GUIDES if path.name == "README.zh-CN.md"]
 LESSON_COMMAND = re.compile(r"python[\w.]* +(src[/\\]experiments[/\\]model_train[/\\](0\d)_\w+\.py)([^\n`|&#]*)")
@@ -50,7 +53,7 @@ def test_every_command_parses_with_its_scripts_own_parser(lessons, document):
             importlib.import_module(script).build_parser().parse_args(shlex.split(flags))
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
+@pytest.mark.parametrize("path", LESSONS, ids=name)
 def test_every_lesson_says_how_to_run_it_and_what_to_expect(path):
     docstring = read(path).split('"""')[1]
     assert docstring.startswith(f"Lesson {path.stem[:2]}: ")
@@ -134,7 +137,7 @@ def test_pictures_are_few_small_and_all_used():
 
 def test_readme_lists_every_lesson_and_the_two_commands():
     readme = read(ROOT / "README.md")
-    assert all(f"`{path.name}`" in readme for path in FILES)
+    assert all(f"`{path.name}`" in readme for path in LESSONS)
     install = "python3 -m venv .venv && .venv/bin/python -m pip install -r requirements.txt && .venv/bin/python "
     assert install + "src/experiments/model_train/01_basic_training.py\n" in readme
     assert install + "-m pytest\n" in readme

@@ -18,6 +18,9 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
+if __name__ == "__main__":
+    sys.tracebacklimit = 0  # Ctrl-C while the libraries below load (seconds), or one missing: one line says enough
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -235,6 +238,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    del sys.tracebacklimit  # from here on, an error that nobody foresaw shows where it happened
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
     try:
         main()

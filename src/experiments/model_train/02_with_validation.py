@@ -25,6 +25,9 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
+if __name__ == "__main__":
+    sys.tracebacklimit = 0  # Ctrl-C while the libraries below load (seconds), or one missing: one line says enough
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -363,6 +366,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    del sys.tracebacklimit  # from here on, an error that nobody foresaw shows where it happened
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
     # NEW in 02: no traceback of a thread
     threading.excepthook = lambda _: None  # TensorBoard's thread: flush() raises its errors again, in main()

@@ -31,6 +31,9 @@ from pathlib import Path
 from urllib.request import urlopen
 from zipfile import ZipFile
 
+if __name__ == "__main__":
+    sys.tracebacklimit = 0  # Ctrl-C while the libraries below load (seconds), or one missing: one line says enough
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -327,12 +330,11 @@ def load_checkpoint(path):
         problem = f"There is no checkpoint {path}."
     except Exception as error:  # a damaged file can fail in many ways, which all mean the same
         problem = f"{path} is damaged, or no checkpoint that this lesson can use ({type(error).__name__})."
-    way_out = "Train first, or name another one."
-    for other in sorted(path.parent.glob("*.pth"), key=lambda file: file.stat().st_mtime):  # the newest comes last
+    for other in sorted(path.parent.glob("*.pth"), key=lambda file: file.stat().st_mtime, reverse=True):  # newest first
         with contextlib.suppress(Exception):
             read_checkpoint(other)
-            way_out = f"The newest file beside it that can be read is {other}."
-    sys.exit(f"{problem} {way_out}")
+            sys.exit(f"{problem} The newest file beside it that can be read is {other}.")
+    sys.exit(f"{problem} Train first, or name another one.")
 
 
 def train(args, name, train_set, val_set, class_names, folder, checkpoint, finished):
@@ -542,6 +544,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    del sys.tracebacklimit  # from here on, an error that nobody foresaw shows where it happened
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
     threading.excepthook = lambda _: None  # TensorBoard's thread: flush() raises its errors again, in main()
     try:
