@@ -10,7 +10,6 @@ import pytest
 import torch
 from common import load_lesson
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,13 +31,6 @@ def run_lesson(lesson, output_dir, *flags):
     with contextlib.redirect_stdout(io.StringIO()) as output:
         lesson.main([*QUICK, "--output-dir", str(output_dir), *map(str, flags)])
     return output.getvalue()
-
-
-def read_scalars(run_dir):
-    """Return the scalars in the one event file of a TensorBoard run: {tag: [(step, value), ...]}."""
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def folder_of(lesson, output_dir):

@@ -10,7 +10,8 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, assert_same_state, folder_of, load, read_scalars, run_lesson
+from common import read_scalars
+from conftest import FLAGS, assert_same_state, folder_of, load, run_lesson
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

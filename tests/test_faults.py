@@ -17,7 +17,8 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 import torch
-from conftest import FLAGS, NUMBERS, PATHS, assert_same_state, folder_of, load, read_scalars, run_lesson
+from common import read_scalars
+from conftest import FLAGS, NUMBERS, PATHS, assert_same_state, folder_of, load, run_lesson
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import read_scalars, run_lesson
+from common import read_scalars
+from conftest import run_lesson
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 FLAGS = ["--subset", "32", "--batch-size", "16"]

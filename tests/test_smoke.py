@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import read_scalars, run_lesson
+from common import read_scalars
+from conftest import run_lesson
 
 ARMS = {
     "02": [""],

@@ -11,7 +11,8 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import read_scalars, run_lesson
+from common import read_scalars
+from conftest import run_lesson
 
 NUMBERS = ["02", "03", "04", "05", "06"]
 

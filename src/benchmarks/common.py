@@ -1,4 +1,4 @@
-"""What the benchmarks share: a lesson as a module, and a description of the machine and of the installed versions."""
+"""What the benchmarks share: a lesson as a module, the curves of a run, and a description of the machine."""
 
 import importlib.util
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder that holds src/, docs/ and artifacts/
 LESSONS = ROOT / "src" / "experiments" / "model_train"
@@ -19,6 +20,13 @@ def load_lesson(number):
     lesson = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(lesson)
     return lesson
+
+
+def read_scalars(run_dir):
+    """Return the curves of one TensorBoard run: {tag: [(step, value), ...]}."""
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def describe_machine():

@@ -21,19 +21,11 @@ import sys
 import time
 from pathlib import Path
 
-from common import LESSONS, ROOT, describe_machine
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from common import LESSONS, ROOT, describe_machine, read_scalars
 from tqdm import tqdm
 
 RESULTS = ROOT / "docs" / "results.json"
 SEEDS = {"01": 1, "02": 3, "03": 1, "04": 3, "05": 3, "06": 3}  # how many; lesson 03 trains exactly as lesson 02
-
-
-def read_scalars(run_dir):
-    """Return the curves of one TensorBoard run: {tag: [value of epoch 1, value of epoch 2, ...]}."""
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def collect(number, folder):
@@ -49,12 +41,12 @@ def collect(number, folder):
     for event_file in sorted(lesson_dir.rglob("events.out.tfevents.*")):
         curves = read_scalars(event_file.parent)
         arm = event_file.parent.parent.name if number in ["04", "05"] else ""
-        accuracy = curves["Accuracy/val"]
+        accuracy = [value for _, value in curves["Accuracy/val"]]
         arms[arm] = {
             "val_accuracy": max(accuracy),
             "best_epoch": accuracy.index(max(accuracy)) + 1,
             "epochs": len(accuracy),
-            "gap": curves["Overfitting/accuracy_gap"][-1],
+            "gap": curves["Overfitting/accuracy_gap"][-1][1],
         }
         if number == "06":
             del arms[arm]["gap"]  # its training images are augmented, so they are harder than the validation images
