@@ -8,9 +8,9 @@ accuracy; how far the network's confidence can be trusted; and the pictures it g
     python src/experiments/model_train/06_detailed_evaluation.py --epochs 2 --subset 2000 --output-dir quick    # a look
     tensorboard --logdir tensor_board/06_detailed_evaluation                            # figures and PR curves
 
-The first run trains a model by the recipe of lesson 05 and keeps it; later runs only evaluate it. Expect 81.4 % test
-accuracy in 9 to 12 minutes (2 CPU cores, JPEG copy of CIFAR-10, seed 42), an underconfident network, and trouble with
-cats.
+The first run trains a model by the recipe of lesson 05 and keeps it; later runs only evaluate it. Expect 81.4 to
+81.8 % test accuracy in 9 to 12 minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to 44), an underconfident
+network, and trouble with cats.
 It writes artifacts/checkpoints/best_model_eval.pth; confusion_matrix.png, confidence_analysis.png, error_samples.png
 and evaluation_report.json in artifacts/; and a TensorBoard run.
 
