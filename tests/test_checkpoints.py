@@ -98,8 +98,9 @@ def test_a_new_run_keeps_the_checkpoints_of_the_one_before(lessons, tmp_path, nu
     folder, small = folder_of(lessons[number], tmp_path), [*FLAGS, "--subset", 32]
     run_lesson(lessons[number], tmp_path, *small)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    run_lesson(lessons[number], tmp_path, *small, "--seed", 1)
+    output = run_lesson(lessons[number], tmp_path, *small, "--seed", 1)
     kept = folder.with_name(f"{folder.name}_run_1")
+    assert f"are in {kept} now" in output
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
     assert load(folder / "latest_checkpoint.pth")["hyperparameters"]["seed"] == 1
     run_lesson(lessons[number], tmp_path, "--resume", kept / "latest_checkpoint.pth", *small[2:])

@@ -149,6 +149,26 @@ def test_diagnosis_names_weakest_class_worst_pair_and_attitude(lessons, four, ca
     assert "accuracy 50.00 %" in output and "1.00 to 99.00 %" in output and "top-3 75.00 %" in output
 
 
+def test_small_samples_get_no_impossible_figures(lessons, four, capsys):
+    """An interval that ends beyond 100 %, or a weakest class that has no image."""
+    logits, labels = four
+    report = lessons["06"].measure(logits[[0, 0, 0, 1]], labels[[0, 0, 0, 1]], NAMES)
+    assert report["accuracy_95_percent_interval"] == pytest.approx([0.75 - 0.42435, 1], abs=1e-4)
+    lessons["06"].print_report(lessons["06"].measure(logits[[0, 2]], labels[[0, 2]], NAMES))
+    assert "the weakest class is class 0 (F1 1.00)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_06_records_how_the_model_was_trained_that_it_evaluates(finished, lessons, tmp_path, monkeypatch):
+    for number in ["05", "06"]:
+        path, texts = next(finished(number).artifacts.rglob("best_*.pth")), []
+        with monkeypatch.context() as context:
+            context.setattr(lessons["06"].SummaryWriter, "add_text", lambda *args, texts=texts: texts.append(args[-1]))
+            run_lesson(lessons["06"], tmp_path, "--checkpoint", path, "--epochs", 77)
+        [text] = texts
+        assert {"epochs: 1", "batch_size: 128", "lr: 0.05", "group_size: 16"} <= set(text.split("  \n"))
+
+
 @pytest.mark.parametrize("number", ["03", "06"])
 def test_test_images_are_loaded_after_the_choice_of_the_model(lessons, tmp_path, monkeypatch, number):
     lesson, calls = lessons[number], []

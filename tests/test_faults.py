@@ -1,5 +1,6 @@
 """What can go wrong while a lesson runs: nothing is lost, and one clear sentence says what to do."""
 
+import contextlib
 import io
 import json
 import os
@@ -375,7 +376,7 @@ def test_stopped_while_it_begins_it_shows_no_traceback(tmp_path, number, error):
 def test_an_error_that_nobody_foresaw_shows_where_it_happened(monkeypatch, number):
     monkeypatch.setattr(sys, "argv", [str(PATHS[number]), "--epochs", "none"])
     monkeypatch.setattr("threading.excepthook", None)  # the lessons set it: put it back afterwards
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()):  # as in a notebook: no reconfigure()
         runpy.run_path(str(PATHS[number]), run_name="__main__")
     assert not hasattr(sys, "tracebacklimit")
 

@@ -125,14 +125,14 @@ def test_ranking_calls_no_difference_a_win_inside_one_standard_error(lessons, ca
     def history(*accuracies):
         return [{"val_accuracy": accuracy} for accuracy in accuracies]
 
-    arms = {"low": history(60.0, 69.5), "tied": history(69.6, 60.0), "first": history(50.0, 70.0)}
+    arms = {"low": history(60.0, 69.3), "tied": history(69.4, 60.0), "first": history(50.0, 70.0)}
     for number in ["04", "05"]:
         lessons[number].print_ranking(arms, 10_000, "some data")
         head, first, tied, low = capsys.readouterr().out.splitlines()
-        assert "some data" in head and "0.458 points" in head  # 100 * sqrt(0.7 * 0.3 / 10,000)
+        assert "some data" in head and "difference: 0.65 points" in head  # 100 * sqrt(2 * 0.7 * 0.3 / 10,000)
         assert first.split() == ["first", "70.00", "%", "in", "epoch", "2"]
-        assert tied.split()[:6] == ["tied", "69.60", "%", "in", "epoch", "1"] and "a tie" in tied
-        assert low.split()[:8] == ["low", "69.50", "%", "in", "epoch", "2", "0.50", "behind"] and "tie" not in low
+        assert tied.split()[:6] == ["tied", "69.40", "%", "in", "epoch", "1"] and "a tie" in tied
+        assert low.split()[:8] == ["low", "69.30", "%", "in", "epoch", "2", "0.70", "behind"] and "tie" not in low
 
 
 def test_schedulers_flag_picks_arms(lessons, tmp_path):

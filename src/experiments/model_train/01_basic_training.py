@@ -32,6 +32,9 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
+if __name__ == "__main__":
+    del sys.tracebacklimit  # from here on, an error shows where it happened
+
 ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifacts/ and tensor_board/
 
 # Mean and standard deviation of the CIFAR-10 training pixels by channel (red, green, blue), on a scale from 0 to 1.
@@ -238,8 +241,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    del sys.tracebacklimit  # from here on, an error that nobody foresaw shows where it happened
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
     try:
         main()
     except KeyboardInterrupt as stop:  # Ctrl-C

@@ -40,6 +40,9 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
+if __name__ == "__main__":
+    del sys.tracebacklimit  # from here on, an error shows where it happened
+
 ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifacts/ and tensor_board/
 LESSON = Path(__file__).stem  # NEW in 02: the name of this file without .py
 
@@ -367,8 +370,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    del sys.tracebacklimit  # from here on, an error that nobody foresaw shows where it happened
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
     # NEW in 02: no traceback of a thread
     threading.excepthook = lambda _: None  # TensorBoard's thread: flush() raises its errors again, in main()
     try:

@@ -44,6 +44,9 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
+if __name__ == "__main__":
+    del sys.tracebacklimit  # from here on, an error shows where it happened
+
 ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifacts/ and tensor_board/
 LESSON = Path(__file__).stem
 
@@ -491,7 +494,8 @@ def main(argv=None):
     if checkpoint:
         print(f"Resumed: {checkpoint['next_epoch'] - 1} of {args.epochs} epochs are done.")
     elif folder.exists():
-        folder.rename(new_run_dir(folder.parent, LESSON))
+        kept = folder.rename(new_run_dir(folder.parent, LESSON))
+        print(f"The checkpoints of the run before are in {kept} now.")
     try:
         _, history = train(args, train_set, val_set, class_names, folder, checkpoint)
     except KeyboardInterrupt:
@@ -516,8 +520,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    del sys.tracebacklimit  # from here on, an error that nobody foresaw shows where it happened
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
     threading.excepthook = lambda _: None  # TensorBoard's thread: flush() raises its errors again, in main()
     try:
         main()

@@ -48,6 +48,9 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+if __name__ == "__main__":
+    del sys.tracebacklimit  # from here on, an error shows where it happened
+
 ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifacts/ and tensor_board/
 LESSON = Path(__file__).stem
 
@@ -95,8 +98,8 @@ SINGLE_TRANSFORMS = {
     "RandomErasing": v2.RandomErasing(p=1.0, scale=(0.02, 0.15)),
 }
 
-# NEW in 05: the arms of the comparison. Dropout is an arm of its own, because in a network this small it costs
-# accuracy once the images are augmented.
+# NEW in 05: the arms of the comparison. Dropout is an arm of its own, because on top of augmentation it costs a
+# network this small accuracy.
 ARMS = {
     "without_augmentation": {"augment": False, "dropout": 0.0},
     "with_augmentation": {"augment": True, "dropout": 0.0},
@@ -494,13 +497,16 @@ def print_ranking(histories, images, data):
     ranking = sorted(best_row, key=lambda name: best_row[name]["val_accuracy"], reverse=True)
     top = best_row[ranking[0]]["val_accuracy"]
     # An accuracy is a mean of n values that are 0 or 1, and such a mean p has the standard error sqrt(p (1 - p) / n).
-    error = 100 * (top / 100 * (1 - top / 100) / images) ** 0.5
-    print(f"Best validation accuracy on {images:,} images of {data}; one standard error is {error:.3f} points:")
+    # The difference of two such means has up to sqrt(2) times that, hence the 2.
+    error = 100 * (2 * top / 100 * (1 - top / 100) / images) ** 0.5
+    print(
+        f"Best validation accuracy on {images:,} images of {data} (standard error of a difference: {error:.2f} points)"
+    )
     for name in ranking:
         behind = top - best_row[name]["val_accuracy"]
         note = "" if name == ranking[0] else f"  {behind:5.2f} behind"
         if name != ranking[0] and behind <= error:
-            note += ", within one standard error of the first: a tie"
+            note += ", within one standard error: a tie"
         epoch = histories[name].index(best_row[name]) + 1
         print(f"  {name:30} {best_row[name]['val_accuracy']:5.2f} % in epoch {epoch:2d}{note}")
 
@@ -606,7 +612,8 @@ def main(argv=None):
         histories = checkpoint["finished"]
         print(f"Resumed: {checkpoint['arm']}, {checkpoint['next_epoch'] - 1} of {args.epochs} epochs are done.")
     elif folder.exists():
-        folder.rename(new_run_dir(folder.parent, LESSON))
+        kept = folder.rename(new_run_dir(folder.parent, LESSON))
+        print(f"The checkpoints of the run before are in {kept} now.")
     for name in ARMS:
         if name in histories:
             continue  # finished before the run was stopped
@@ -631,8 +638,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    del sys.tracebacklimit  # from here on, an error that nobody foresaw shows where it happened
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
     threading.excepthook = lambda _: None  # TensorBoard's thread: flush() raises its errors again, in main()
     try:
         main()

