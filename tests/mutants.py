@@ -23,7 +23,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = Path("src/experiments/model_train")
 # The quick ones first. (What the lessons have in common is not the point here, so test_sync.py stays out.)
-FILES = ["training", "evaluation", "data", "schedules", "smoke", "checkpoints", "command_line", "tensorboard", "faults"]
+FILES = [
+    "training",
+    "evaluation",
+    "data",
+    "schedules",
+    "smoke",
+    "checkpoints",
+    "command_line",
+    "tensorboard",
+    "faults",
+]
 
 # name: (lessons, text, replacement)
 MUTANTS = {
@@ -262,14 +272,22 @@ def run(name, first, all_tests):
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.run(
-            command + ([] if all_tests else ["-x"]), cwd=folder, env=environment, capture_output=True, text=True
+            command + ([] if all_tests else ["-x"]),
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         return changed, re.findall(r"^(?:FAILED|ERROR) tests/test_(\S+)", process.stdout, flags=re.MULTILINE)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="run the mutants whose name this regular expression matches")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", default="", help="run the mutants whose name this regular expression matches"
+    )
     parser.add_argument("--first", choices=FILES, default=FILES[0], help="the tests to begin with")
     parser.add_argument("--jobs", type=int, default=1, help="mutants to try at a time")
     parser.add_argument("--all-tests", action="store_true", help="go on after the first test that fails")

@@ -52,7 +52,9 @@ def test_throughput_prints_what_it_writes(report):
 
 
 def test_rates_and_ratios_come_from_the_times():
-    seconds = {name: np.array([2.0, 4.0, 3.0]) for name in TASKS} | {"matrix multiplication": np.array([1.0, 1.0, 2.0])}
+    seconds = {name: np.array([2.0, 4.0, 3.0]) for name in TASKS} | {
+        "matrix multiplication": np.array([1.0, 1.0, 2.0])
+    }
     seconds["lesson"] = np.array([1.0, 1.0, 3.0])
     figures = throughput.compare(seconds, 600)
     assert figures["images_per_second"]["lesson"] == {"median": 600, "min": 200, "max": 600}
@@ -108,7 +110,9 @@ def test_pooling_last_is_the_same_function_of_the_weights_when_nothing_is_normal
     torch.testing.assert_close(throughput.pooling_last(model, images), model(images))
 
 
-@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--images", "50001"], ["--sizes", "x"], ["--no-such-flag"]])
+@pytest.mark.parametrize(
+    "flags", [["--rounds", "0"], ["--images", "50001"], ["--sizes", "x"], ["--no-such-flag"]]
+)
 def test_throughput_refuses_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         throughput.main(flags)
@@ -125,14 +129,20 @@ def with_output_file(run, folder):
 
 def test_results_are_what_the_lessons_print_and_write(finished, tmp_path):
     runs = {number: finished(number) for number in ["01", "02", "04", "05", "06"]}
-    arms = {number: results.collect(number, with_output_file(run, tmp_path / number)) for number, run in runs.items()}
+    arms = {
+        number: results.collect(number, with_output_file(run, tmp_path / number))
+        for number, run in runs.items()
+    }
     assert f"accuracy {arms['01']['']['train_accuracy']:5.2f} %" in runs["01"].output
     best = arms["02"][""]
-    assert f"Best validation accuracy on digits: {best['val_accuracy']:.2f} % in epoch {best['best_epoch']}." in (
-        runs["02"].output
+    assert (
+        f"Best validation accuracy on digits: {best['val_accuracy']:.2f} % in epoch {best['best_epoch']}."
+        in (runs["02"].output)
     )
     curves = results.read_scalars(next(runs["02"].folder.rglob("events*")).parent)
-    assert best["gap"] == pytest.approx(curves["Accuracy/train"][0][1] - curves["Accuracy/val"][0][1], abs=1e-4)
+    assert best["gap"] == pytest.approx(
+        curves["Accuracy/train"][0][1] - curves["Accuracy/val"][0][1], abs=1e-4
+    )
     assert best["epochs"] == 1
     assert len(arms["04"]) == 6
     for arm, figures in arms["04"].items():
@@ -163,7 +173,15 @@ def stub(tmp_path, monkeypatch):
 
     def run(*flags, exit_status=0):
         (tmp_path / "stub.py").write_text(STUB.replace("EXIT", str(exit_status)), encoding="utf-8")
-        flags = ["--launcher", tmp_path / "stub.py", "--work-dir", tmp_path / "work", "--lessons", "01", *flags]
+        flags = [
+            "--launcher",
+            tmp_path / "stub.py",
+            "--work-dir",
+            tmp_path / "work",
+            "--lessons",
+            "01",
+            *flags,
+        ]
         results.main(list(map(str, flags)))
         return (tmp_path / "calls.txt").read_text(encoding="utf-8").splitlines()
 
@@ -190,7 +208,9 @@ def test_a_failed_run_is_no_result(stub):
 
 
 def test_a_stopped_run_goes_on_from_its_checkpoint(stub, tmp_path):
-    folder = tmp_path / "work" / "01_basic_training_seed_42" / "artifacts" / "checkpoints" / "01_basic_training"
+    folder = (
+        tmp_path / "work" / "01_basic_training_seed_42" / "artifacts" / "checkpoints" / "01_basic_training"
+    )
     folder.mkdir(parents=True)
     (folder / "latest_checkpoint.pth").touch()
     assert stub()[0].endswith(" --resume")
@@ -218,10 +238,15 @@ def test_table_calls_a_difference_inside_its_spread_a_tie():
 
 
 def test_table_of_lessons_gets_time_and_accuracy_in_both_languages():
-    found = [entry("02", seed, seconds, **{"": 75.0 + seed - 43}) for seed, seconds in [(42, 50), (43, 99), (44, None)]]
+    found = [
+        entry("02", seed, seconds, **{"": 75.0 + seed - 43})
+        for seed, seconds in [(42, 50), (43, 99), (44, None)]
+    ]
     row = "| `02_with_validation.py` | an idea | a view | - | - |"
     filled = tables.fill_lessons(row, found, tables.words("en"))
-    assert filled == "| `02_with_validation.py` | an idea | a view | 74 s | 75.0 ± 1.0 % on validation images |"
+    assert (
+        filled == "| `02_with_validation.py` | an idea | a view | 74 s | 75.0 ± 1.0 % on validation images |"
+    )
     assert tables.fill_lessons(filled, found, tables.words("en")) == filled
     assert "| 74 秒 | 75.0 ± 1.0%（验证图片） |" in tables.fill_lessons(row, found, tables.words("zh"))
     other = "| `03_save_load_model.py` | an idea | a view | - | - |"
@@ -229,7 +254,20 @@ def test_table_of_lessons_gets_time_and_accuracy_in_both_languages():
 
 
 def test_group_sizes_are_compared_by_the_lessons_own_training(tmp_path, capsys):
-    flags = ["--seeds", "1", "2", "--group-sizes", "1", "64", "--epochs", "1", "--subset", "64", "--data", "digits"]
+    flags = [
+        "--seeds",
+        "1",
+        "2",
+        "--group-sizes",
+        "1",
+        "64",
+        "--epochs",
+        "1",
+        "--subset",
+        "64",
+        "--data",
+        "digits",
+    ]
     group_size.main([*flags, "--json", str(tmp_path / "g.json")])
     report = json.loads((tmp_path / "g.json").read_text(encoding="utf-8"))
     assert list(report["accuracy"]) == ["1", "64"] and report["seeds"] == [1, 2]

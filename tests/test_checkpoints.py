@@ -37,7 +37,9 @@ def interrupt_before_report(context, lesson, stop):
         ("04", 3, 6, ["--schedulers", "StepLR", "ReduceLROnPlateau"]),  # in the last epoch of the second arm
     ],
 )
-def test_resumed_in_a_new_process_equals_uninterrupted(lessons, tmp_path, monkeypatch, number, epochs, stop, more):
+def test_resumed_in_a_new_process_equals_uninterrupted(
+    lessons, tmp_path, monkeypatch, number, epochs, stop, more
+):
     lesson, flags = lessons[number], [*FLAGS, "--epochs", str(epochs), *more]
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt) as stopped:
         interrupt_before_report(context, lesson, stop)
@@ -89,7 +91,9 @@ def test_03_goes_on_with_more_epochs_and_saves_every_fifth(lessons, tmp_path):
     assert load(folder / "checkpoint_epoch_5.pth")["next_epoch"] == 6
     latest = load(folder / "latest_checkpoint.pth")
     assert latest["next_epoch"] == 7 and latest["history"][:4] == first["history"]
-    output = run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 6, "--resume", folder / "checkpoint_epoch_5.pth")
+    output = run_lesson(
+        lesson, tmp_path, *FLAGS, "--epochs", 6, "--resume", folder / "checkpoint_epoch_5.pth"
+    )
     assert "5 of 6 epochs are done" in output and "Epoch  6/6" in output and "Epoch  5/6" not in output
 
 
@@ -117,7 +121,9 @@ def test_best_model_is_the_one_of_the_best_validation_accuracy(lessons, tmp_path
         accuracies.append([20.0, 60.0, 40.0][(len(weights) - 1) % 3])
         return 1.0, accuracies[-1]
 
-    def train_one_epoch(model, loader, loss_fn, optimizer, device, *_):  # it looks better and better on training data
+    def train_one_epoch(
+        model, loader, loss_fn, optimizer, device, *_
+    ):  # it looks better and better on training data
         loss_fn(model(lesson.to_input(loader.dataset[:8][0], device)), loader.dataset[:8][1]).backward()
         optimizer.step()
         return 1.0 / (len(weights) + 1), 90.0 + len(weights)
@@ -161,7 +167,9 @@ def test_save_reaches_the_disk_before_it_replaces(lessons, tmp_path, monkeypatch
     calls = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
-    monkeypatch.setattr(os, "replace", lambda source, target: (calls.append("replace"), replace(source, target)))
+    monkeypatch.setattr(
+        os, "replace", lambda source, target: (calls.append("replace"), replace(source, target))
+    )
     lessons[number].save_checkpoint({"epoch": 1}, tmp_path / "x.pth")
     assert calls == ["fsync", "replace"]
 
@@ -221,7 +229,12 @@ def test_random_states_come_back(lessons, number):
     shuffle = torch.Generator().manual_seed(5)
 
     def draw():
-        return random.random(), np.random.rand(), torch.rand(1).item(), torch.rand(1, generator=shuffle).item()
+        return (
+            random.random(),
+            np.random.rand(),
+            torch.rand(1).item(),
+            torch.rand(1, generator=shuffle).item(),
+        )
 
     states = copy.deepcopy(lessons[number].get_random_states(shuffle))
     first, second = draw(), draw()
@@ -234,7 +247,13 @@ def test_03_predicts_a_picture_and_trains_nothing(finished, lessons, tmp_path, c
     folder = finished("03").folder
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     pixels = np.random.default_rng(0).integers(0, 256, (50, 80, 4), dtype=np.uint8)
-    for name, mode in [("a.png", "RGBA"), ("b.jpg", "RGB"), ("c.png", "L"), ("d.gif", "P"), ("e.webp", "RGB")]:
+    for name, mode in [
+        ("a.png", "RGBA"),
+        ("b.jpg", "RGB"),
+        ("c.png", "L"),
+        ("d.gif", "P"),
+        ("e.webp", "RGB"),
+    ]:
         Image.fromarray(pixels).convert(mode).save(tmp_path / name)
         output = run_lesson(lessons["03"], folder, "--predict", tmp_path / name)
         assert f"{tmp_path / name}: " in output and output.count(" %") == 3 and "Epoch" not in output
@@ -260,7 +279,9 @@ def test_03_picture_is_cut_to_its_middle_square_and_turned_upright(lessons, tmp_
     for name in ["turned.png", "upright.png"]:
         picture = lessons["03"].read_picture(tmp_path / name)[0]
         assert picture[4, 16].tolist() == [200, 0, 0] and picture[28, 16].tolist() == [0, 0, 0]
-        assert picture[4, 2].tolist() == [200, 0, 0] and picture[28, 2].tolist() == [0, 0, 0], "no white at the side"
+        assert picture[4, 2].tolist() == [200, 0, 0] and picture[28, 2].tolist() == [0, 0, 0], (
+            "no white at the side"
+        )
 
 
 def test_03_probabilities_are_softmax_of_eval_mode_logits(lessons):

@@ -16,7 +16,16 @@ def test_they_run_as_processes_from_another_folder(tmp_path):
     processes = {}
     for number in ["01", "02", "05", "06"]:
         (tmp_path / number).mkdir()
-        command = [sys.executable, *STRICT, str(PATHS[number]), *QUICK, "--subset", "32", "--output-dir", "here"]
+        command = [
+            sys.executable,
+            *STRICT,
+            str(PATHS[number]),
+            *QUICK,
+            "--subset",
+            "32",
+            "--output-dir",
+            "here",
+        ]
         processes[number] = subprocess.Popen(
             command,
             cwd=tmp_path / number,
@@ -81,7 +90,16 @@ def test_unusable_folders_are_noticed_before_training(lessons, tmp_path, number,
         data = "digits" if data_dir == good else "auto"
         with pytest.raises(OSError, match="file"):
             lessons[number].main(
-                ["--data", data, "--data-dir", str(data_dir), "--output-dir", str(output_dir), "--device", "cpu"]
+                [
+                    "--data",
+                    data,
+                    "--data-dir",
+                    str(data_dir),
+                    "--output-dir",
+                    str(output_dir),
+                    "--device",
+                    "cpu",
+                ]
             )
 
 

@@ -26,7 +26,8 @@ def make_archive():
     random = np.random.default_rng(0)
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     files = {
-        name: {"data": random.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": list(range(10))} for name in names
+        name: {"data": random.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": list(range(10))}
+        for name in names
     }
     files["batches.meta"] = {"label_names": CLASSES}
     archive, sums = io.BytesIO(), {}
@@ -120,7 +121,9 @@ def test_a_silent_mirror_is_given_up(cifar10, monkeypatch, tmp_path):
     lesson, address = cifar10
     name = "cifar-10-python.tar.gz"
     asked = []
-    monkeypatch.setattr(lesson, "urlopen", lambda url, timeout: (asked.append(timeout), urlopen(url, timeout=0.5))[1])
+    monkeypatch.setattr(
+        lesson, "urlopen", lambda url, timeout: (asked.append(timeout), urlopen(url, timeout=0.5))[1]
+    )
     monkeypatch.setattr(lesson, "MIRRORS", [f"{address}/silent/{name}", f"{address}/good/{name}"])
     start = time.monotonic()
     *_, data_name = lesson.load_data("auto", tmp_path, train=True)
@@ -140,14 +143,20 @@ def test_a_mirror_that_trickles_is_given_up(cifar10, monkeypatch, tmp_path, caps
     assert "less than 100 kB in 20 seconds" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("state", ["half an archive", "another archive", "an empty archive", "a folder without files"])
+@pytest.mark.parametrize(
+    "state", ["half an archive", "another archive", "an empty archive", "a folder without files"]
+)
 def test_what_an_earlier_run_left_half_done_does_no_harm(cifar10, archive, monkeypatch, tmp_path, state):
     lesson, address = cifar10
     file = tmp_path / "cifar-10-python.tar.gz"
     if state == "a folder without files":
         (tmp_path / "cifar-10-batches-py").mkdir()
     else:
-        contents = {"half an archive": archive[0][:5000], "another archive": archive[0][::-1], "an empty archive": b""}
+        contents = {
+            "half an archive": archive[0][:5000],
+            "another archive": archive[0][::-1],
+            "an empty archive": b"",
+        }
         file.write_bytes(contents[state])
     monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER])
     assert lesson.load_data("auto", tmp_path, train=True)[3] == "digits"
@@ -197,7 +206,11 @@ def test_without_network_digits_take_over_with_a_notice(lessons, monkeypatch, tm
     monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER])
     *_, data_name = lesson.load_data("auto", tmp_path, train=True)
     output = capsys.readouterr().out
-    assert data_name == "digits" and "handwritten digits instead" in output and "cifar-10-python.tar.gz" in output
+    assert (
+        data_name == "digits"
+        and "handwritten digits instead" in output
+        and "cifar-10-python.tar.gz" in output
+    )
     with pytest.raises(SystemExit, match="CIFAR-10 is not in"):
         lesson.load_data("cifar10", tmp_path, train=True)
 
@@ -253,13 +266,17 @@ def test_uneven_split_loses_no_image(lessons):
 @pytest.fixture
 def photos():
     """64 images uint8 (64, 32, 32, 3), all the same picture without any symmetry."""
-    picture = torch.randint(60, 200, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    picture = torch.randint(
+        60, 200, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+    )
     return picture.repeat(64, 1, 1, 1)
 
 
 def test_augmented_images_keep_shape_type_and_order(lessons, photos):
     marked = photos.clone()
-    marked[:, :, :, 0] = torch.arange(64, dtype=torch.uint8).view(-1, 1, 1) * 3  # a shade of red for every image
+    marked[:, :, :, 0] = (
+        torch.arange(64, dtype=torch.uint8).view(-1, 1, 1) * 3
+    )  # a shade of red for every image
     torch.manual_seed(0)
     result = lessons["05"].augment(marked, 16)
     assert result.shape == marked.shape and result.dtype == torch.uint8
@@ -290,7 +307,9 @@ def test_the_list_of_transforms_is_the_promised_one(lessons):
         assert isinstance(flip, v2.RandomHorizontalFlip) and flip.p == 0.5
         assert isinstance(crop, v2.RandomCrop) and crop.size == (32, 32) and list(crop.padding) == [4] * 4
         assert isinstance(rotation, v2.RandomRotation) and list(rotation.degrees) == [-15, 15]
-        assert jitter.p == 0.3 and isinstance(jitter.transforms[0], v2.ColorJitter) and jitter.transforms[0].hue
+        assert (
+            jitter.p == 0.3 and isinstance(jitter.transforms[0], v2.ColorJitter) and jitter.transforms[0].hue
+        )
         assert isinstance(erasing, v2.RandomErasing) and erasing.p == 0.3 and max(erasing.scale) == 0.15
 
 
@@ -311,7 +330,9 @@ def test_training_images_change_every_epoch_and_validation_images_never(lessons,
     assert not torch.equal(training[0], plain) and not torch.equal(training[0], training[1])
     seen.clear()
     lesson.run_epoch(model, loader, loader, torch.nn.CrossEntropyLoss(), optimizer, "cpu", 1)
-    assert torch.equal(torch.cat([images for mode, images in seen if mode]), plain), "no group size, no augmentation"
+    assert torch.equal(torch.cat([images for mode, images in seen if mode]), plain), (
+        "no group size, no augmentation"
+    )
 
 
 def test_05_and_06_augment_where_they_say(lessons, tmp_path, monkeypatch, no_pictures):
@@ -324,7 +345,18 @@ def test_05_and_06_augment_where_they_say(lessons, tmp_path, monkeypatch, no_pic
             "run_epoch",
             lambda *args, run=run_epoch, sizes=sizes: (sizes.append(args[7]), run(*args))[1],
         )
-        flags = ["--data", "digits", "--epochs", "1", "--subset", "32", "--device", "cpu", "--group-size", "8"]
+        flags = [
+            "--data",
+            "digits",
+            "--epochs",
+            "1",
+            "--subset",
+            "32",
+            "--device",
+            "cpu",
+            "--group-size",
+            "8",
+        ]
         with contextlib.redirect_stdout(io.StringIO()):
             lessons[number].main([*flags, "--output-dir", str(tmp_path)])
         assert sizes == expected

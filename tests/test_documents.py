@@ -14,7 +14,9 @@ DOCUMENTS = sorted(
 )
 GUIDES = [path for path in DOCUMENTS if path.suffix == ".md"]
 CHINESE = [path for path in GUIDES if path.name == "README.zh-CN.md"]
-LESSON_COMMAND = re.compile(r"python[\w.]* +(src[/\\]experiments[/\\]model_train[/\\](0\d)_\w+\.py)([^\n`|&#]*)")
+LESSON_COMMAND = re.compile(
+    r"python[\w.]* +(src[/\\]experiments[/\\]model_train[/\\](0\d)_\w+\.py)([^\n`|&#]*)"
+)
 BENCHMARK_COMMAND = re.compile(r"python[\w.]* +src/benchmarks/(\w+)\.py([^\n`|&#]*)")
 
 
@@ -99,7 +101,9 @@ def test_both_languages_have_the_same_structure(chinese):
             for path in [english_twin(chinese), chinese]
         ]
         assert found[0] == found[1], pattern
-    blocks = [re.findall(r"^```.*?^```", read(path), flags=re.M | re.S) for path in [english_twin(chinese), chinese]]
+    blocks = [
+        re.findall(r"^```.*?^```", read(path), flags=re.M | re.S) for path in [english_twin(chinese), chinese]
+    ]
     assert blocks[0] == blocks[1]
     rows = [
         [line.count("|") for line in without_code(read(path)).splitlines() if line.startswith("|")]
@@ -107,7 +111,10 @@ def test_both_languages_have_the_same_structure(chinese):
     ]
     assert rows[0] == rows[1], "a table has another number of rows or columns"
     links = [
-        [target.replace(".zh-CN", "").partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", read(path))]
+        [
+            target.replace(".zh-CN", "").partition("#")[0]
+            for target in re.findall(r"\]\(([^)\s]+)\)", read(path))
+        ]
         for path in [english_twin(chinese), chinese]
     ]
     assert links[0] == links[1]
@@ -116,7 +123,9 @@ def test_both_languages_have_the_same_structure(chinese):
 @pytest.mark.parametrize("chinese", CHINESE, ids=name)
 def test_both_languages_have_the_same_code_and_figures(chinese):
     for pattern in [r"`[^`\n]+`", r"\d[\d.,]*\d|\d"]:
-        found = [sorted(re.findall(pattern, without_code(read(path)))) for path in [english_twin(chinese), chinese]]
+        found = [
+            sorted(re.findall(pattern, without_code(read(path)))) for path in [english_twin(chinese), chinese]
+        ]
         assert found[0] == found[1], pattern
 
 
@@ -138,6 +147,8 @@ def test_pictures_are_few_small_and_all_used():
 def test_readme_lists_every_lesson_and_the_two_commands():
     readme = read(ROOT / "README.md")
     assert all(f"`{path.name}`" in readme for path in LESSONS)
-    install = "python3 -m venv .venv && .venv/bin/python -m pip install -r requirements.txt && .venv/bin/python "
+    install = (
+        "python3 -m venv .venv && .venv/bin/python -m pip install -r requirements.txt && .venv/bin/python "
+    )
     assert install + "src/experiments/model_train/01_basic_training.py\n" in readme
     assert install + "-m pytest\n" in readme

@@ -66,7 +66,9 @@ def test_figures_agree_with_scikit_learn_and_with_each_other(lessons):
         assert [report["classes"][name][key] for name in NAMES] == pytest.approx(list(values))
     matrix = np.array(report["confusion_matrix"])
     assert report["accuracy"] == pytest.approx(matrix.trace() / matrix.sum())
-    assert report["macro_average"]["recall"] == pytest.approx(report["accuracy"]), "as many images of every class"
+    assert report["macro_average"]["recall"] == pytest.approx(report["accuracy"]), (
+        "as many images of every class"
+    )
     assert matrix.sum(axis=1).tolist() == [100] * 10, "rows are the true classes"
     for k in [1, 3, 5]:
         top = logits.topk(k, dim=1).indices
@@ -106,7 +108,10 @@ def test_error_samples_are_the_most_confident_errors(lessons):
     others = [i for i in range(60) if predicted[i] != labels[i] and i not in shown]
     assert min(confidence[shown]) >= max(confidence[others])
     for ax, i in zip(figure.axes, shown, strict=False):
-        assert f"true: {NAMES[labels[i]]}" in ax.get_title() and f"taken for {NAMES[predicted[i]]}" in ax.get_title()
+        assert (
+            f"true: {NAMES[labels[i]]}" in ax.get_title()
+            and f"taken for {NAMES[predicted[i]]}" in ax.get_title()
+        )
         assert f"{100 * confidence[i]:.0f} %" in ax.get_title()
 
 
@@ -163,7 +168,9 @@ def test_06_records_how_the_model_was_trained_that_it_evaluates(finished, lesson
     for number in ["05", "06"]:
         path, texts = next(finished(number).artifacts.rglob("best_*.pth")), []
         with monkeypatch.context() as context:
-            context.setattr(lessons["06"].SummaryWriter, "add_text", lambda *args, texts=texts: texts.append(args[-1]))
+            context.setattr(
+                lessons["06"].SummaryWriter, "add_text", lambda *args, texts=texts: texts.append(args[-1])
+            )
             run_lesson(lessons["06"], tmp_path, "--checkpoint", path, "--epochs", 77)
         [text] = texts
         assert {"epochs: 1", "batch_size: 128", "lr: 0.05", "group_size: 16"} <= set(text.split("  \n"))

@@ -48,7 +48,9 @@ def test_nan_is_noticed_within_20_batches(lessons, number):
         return nn.functional.cross_entropy(logits, labels) * (float("nan") if len(batches) == 3 else 1)
 
     model = lessons[number].SimpleCNN()
-    loader = DataLoader(TensorDataset(torch.zeros(60, 32, 32, 3, dtype=torch.uint8), torch.zeros(60).long()), 2)
+    loader = DataLoader(
+        TensorDataset(torch.zeros(60, 32, 32, 3, dtype=torch.uint8), torch.zeros(60).long()), 2
+    )
     with pytest.raises(SystemExit, match="^Epoch 7, batch 20: the loss is nan"):
         lessons[number].train_one_epoch(model, loader, loss_fn, torch.optim.SGD(model.parameters()), "cpu", 7)
     assert len(batches) == 20
@@ -91,7 +93,9 @@ def test_damage_anywhere_in_a_checkpoint_is_noticed(finished, lessons, tmp_path)
         try:
             _, model = lesson.load_checkpoint(path)
         except SystemExit as error:
-            assert str(error.code).startswith(f"{path} is damaged, or no checkpoint") and "\n" not in str(error.code)
+            assert str(error.code).startswith(f"{path} is damaged, or no checkpoint") and "\n" not in str(
+                error.code
+            )
             refused += 1
         else:
             assert all(torch.equal(model.state_dict()[name], weights[name]) for name in weights)
@@ -114,7 +118,9 @@ def test_resume_names_the_newest_file_that_can_be_read(finished, lessons, tmp_pa
         with pytest.raises(SystemExit, match=re.escape(f"that can be read is {folder / names[i - 1]}.")):
             run_lesson(lesson, tmp_path, "--resume")
     (folder / names[3]).unlink()  # killed before the first one was written
-    with pytest.raises(SystemExit, match=r"^There is no checkpoint .* that can be read is .*best_model.pth\.$"):
+    with pytest.raises(
+        SystemExit, match=r"^There is no checkpoint .* that can be read is .*best_model.pth\.$"
+    ):
         run_lesson(lesson, tmp_path, "--resume")
 
 
@@ -172,7 +178,9 @@ def test_a_deleted_tensorboard_folder_does_not_stop_the_training(lessons, tmp_pa
 
 
 @pytest.mark.parametrize("number", ["01", "04", "05", "06"])
-def test_pictures_and_reports_are_replaced_whole_or_not_at_all(finished, lessons, tmp_path, monkeypatch, number):
+def test_pictures_and_reports_are_replaced_whole_or_not_at_all(
+    finished, lessons, tmp_path, monkeypatch, number
+):
     """An error in the middle of writing leaves those of the run before."""
     shutil.copytree(finished(number).folder, tmp_path, dirs_exist_ok=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in [".png", ".json"]}
@@ -205,7 +213,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @UNIX
 def test_a_disk_that_fills_up_gets_one_sentence_and_status_1(tmp_path):
     """No file may grow beyond 1,000 bytes, as soon TensorBoard's does, which a thread of its own writes."""
-    command = [sys.executable, "-c", TOO_SMALL, str(PATHS["02"]), "1000", *FLAGS, "--output-dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-c",
+        TOO_SMALL,
+        str(PATHS["02"]),
+        "1000",
+        *FLAGS,
+        "--output-dir",
+        str(tmp_path),
+    ]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert process.returncode == 1
     [line] = process.stderr.splitlines()
@@ -215,10 +232,28 @@ def test_a_disk_that_fills_up_gets_one_sentence_and_status_1(tmp_path):
 # Arguments
 
 TEXTS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=30)
-NUMBERS_AND_NAMES = ["", " ", "-1", "0", "1e999", "-inf", "nan", "9" * 5000, "cpu:7", "cuda", "meta", "xla:0", "StepLR"]
+NUMBERS_AND_NAMES = [
+    "",
+    " ",
+    "-1",
+    "0",
+    "1e999",
+    "-inf",
+    "nan",
+    "9" * 5000,
+    "cpu:7",
+    "cuda",
+    "meta",
+    "xla:0",
+    "StepLR",
+]
 PLACES = ["/", ".", "..", "~", "/dev/null", "/nowhere/at/all", "C:\\x", "a" * 300, "\u8def\u5f84", "\udcff"]
 VALUES = st.one_of(
-    st.integers().map(str), st.floats().map(str), TEXTS, st.sampled_from(NUMBERS_AND_NAMES), st.sampled_from(PLACES)
+    st.integers().map(str),
+    st.floats().map(str),
+    TEXTS,
+    st.sampled_from(NUMBERS_AND_NAMES),
+    st.sampled_from(PLACES),
 )
 
 
@@ -239,7 +274,9 @@ def test_no_arguments_bring_a_traceback(finished, lessons, tmp_path, monkeypatch
 
     monkeypatch.setattr(lesson, "load_data", reached)
 
-    @settings(max_examples=request.config.getoption("--cases"), deadline=None, database=None, derandomize=True)
+    @settings(
+        max_examples=request.config.getoption("--cases"), deadline=None, database=None, derandomize=True
+    )
     @given(st.lists(st.tuples(st.sampled_from(flags), VALUES), min_size=1, max_size=3))
     def check(pairs):
         for flag, value in pairs:  # lesson 06 makes its folders before it loads data
@@ -248,9 +285,17 @@ def test_no_arguments_bring_a_traceback(finished, lessons, tmp_path, monkeypatch
         try:
             lesson.main(["--output-dir", str(tmp_path), *argv])
         except SystemExit as error:
-            sentence = error.code if isinstance(error.code, str) else capsys.readouterr().err.rstrip().splitlines()[-1]
+            sentence = (
+                error.code
+                if isinstance(error.code, str)
+                else capsys.readouterr().err.rstrip().splitlines()[-1]
+            )
             assert error.code not in [0, None] and sentence.strip()
-        except (ReachedTheData, OSError, UnicodeError):  # of the last two the lines below main() make a sentence
+        except (
+            ReachedTheData,
+            OSError,
+            UnicodeError,
+        ):  # of the last two the lines below main() make a sentence
             pass
 
     check()
@@ -295,8 +340,20 @@ def uninterrupted(lessons, tmp_path_factory):
 
 def stop(number, flags, folder, at, delay, how):
     """Start a lesson, and stop it after the delay or in the middle of its Nth write. Returns the ended process."""
-    command = [sys.executable, "-u", "-c", KILLED, str(PATHS[number]), str(at), *flags, "--output-dir", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-u",
+        "-c",
+        KILLED,
+        str(PATHS[number]),
+        str(at),
+        *flags,
+        "--output-dir",
+        str(folder),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
     first = process.stdout.readline()  # the imports are done, the work begins
     if not at:
         time.sleep(delay)
@@ -308,7 +365,9 @@ def stop(number, flags, folder, at, delay, how):
 
 @UNIX
 @pytest.mark.parametrize("number", ["03", "04"])
-def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(lessons, uninterrupted, tmp_path, number, request):
+def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(
+    lessons, uninterrupted, tmp_path, number, request
+):
     if number == "04" and request.config.getoption("--kills") == 1:
         pytest.skip("tried with --kills 2 and more")
     lesson, (whole, seconds, flags) = lessons[number], uninterrupted(number)
@@ -324,7 +383,9 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(lessons, uni
         printed = len(re.findall("^Epoch ", killed.output, flags=re.MULTILINE))
         again = len(re.findall("^Epoch ", output, flags=re.MULTILINE))
         total = 8 if number == "04" else 4
-        assert total - printed <= again <= total - printed + 1, "at most the epoch that was not saved is repeated"
+        assert total - printed <= again <= total - printed + 1, (
+            "at most the epoch that was not saved is repeated"
+        )
         for path in folder_of(lesson, whole).iterdir():
             assert_same_state(load(checkpoints / path.name), load(path))
         for events in (whole / "tensor_board").rglob("events*"):
@@ -364,7 +425,9 @@ def test_interrupted_at_any_moment_it_says_so_in_one_line(lessons, tmp_path, num
 def test_stopped_while_it_begins_it_shows_no_traceback(tmp_path, number, error):
     """By Ctrl-C while the libraries load, or by one that is not installed."""
     kind, _, text = error.partition(": ")
-    (tmp_path / "numpy.py").write_text(f"raise {kind}({text!r})", encoding="utf-8")  # found before the real one
+    (tmp_path / "numpy.py").write_text(
+        f"raise {kind}({text!r})", encoding="utf-8"
+    )  # found before the real one
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(PATHS[number])]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
@@ -376,7 +439,10 @@ def test_stopped_while_it_begins_it_shows_no_traceback(tmp_path, number, error):
 def test_an_error_that_nobody_foresaw_shows_where_it_happened(monkeypatch, number):
     monkeypatch.setattr(sys, "argv", [str(PATHS[number]), "--epochs", "none"])
     monkeypatch.setattr("threading.excepthook", None)  # the lessons set it: put it back afterwards
-    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()):  # as in a notebook: no reconfigure()
+    with (
+        pytest.raises(SystemExit),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):  # as in a notebook: no reconfigure()
         runpy.run_path(str(PATHS[number]), run_name="__main__")
     assert not hasattr(sys, "tracebacklimit")
 
@@ -405,7 +471,9 @@ def test_03_reads_pictures_of_every_kind(lessons, tmp_path):
 
 def test_03_refuses_pictures_that_would_fill_the_memory(lessons, tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "large.png")
-    with pytest.raises(SystemExit, match=r" is 20000 x 20000, over 50 million pixels\. Scale it down first\.$"):
+    with pytest.raises(
+        SystemExit, match=r" is 20000 x 20000, over 50 million pixels\. Scale it down first\.$"
+    ):
         lessons["03"].read_picture(tmp_path / "large.png")
     Image.new("RGB", (500, 500), (9, 99, 200)).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])

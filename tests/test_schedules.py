@@ -17,7 +17,9 @@ def closed_form(name, epochs, start):
     formulas = {
         "Constant": lambda t: start,
         "StepLR": lambda t: start * 0.1 ** (t // (epochs // 3)),
-        "MultiStepLR": lambda t: start * 0.1 ** sum(t >= milestone for milestone in [epochs // 2, epochs * 3 // 4]),
+        "MultiStepLR": lambda t: (
+            start * 0.1 ** sum(t >= milestone for milestone in [epochs // 2, epochs * 3 // 4])
+        ),
         "ExponentialLR": lambda t: start * 0.01 ** (t / epochs),
         "CosineAnnealingLR": lambda t: start * (1 + math.cos(math.pi * t / epochs)) / 2,
     }
@@ -29,7 +31,9 @@ def eight_epochs(lessons, tmp_path_factory):
     """Lesson 04 with all six schedules for 8 epochs, every warning an error. Returns its folder and checkpoint."""
     folder = tmp_path_factory.mktemp("eight")
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # torch warns when scheduler.step() comes before optimizer.step()
+        warnings.simplefilter(
+            "error", UserWarning
+        )  # torch warns when scheduler.step() comes before optimizer.step()
         run_lesson(lessons["04"], folder, *FLAGS, "--epochs", 8)
     latest = folder / "artifacts" / "checkpoints" / lessons["04"].LESSON / "latest_checkpoint.pth"
     return folder, torch.load(latest, weights_only=True)
@@ -40,7 +44,9 @@ def test_rates_follow_the_closed_form(eight_epochs, lessons, name):
     folder, checkpoint = eight_epochs
     rates = [row["lr"] for row in checkpoint["finished"][name]]
     assert rates == pytest.approx(closed_form(name, 8, 0.05), rel=1e-6)
-    logged = read_scalars(folder / "tensor_board" / lessons["04"].LESSON / name / "digits_run_1")["LearningRate"]
+    logged = read_scalars(folder / "tensor_board" / lessons["04"].LESSON / name / "digits_run_1")[
+        "LearningRate"
+    ]
     assert [value for _, value in logged] == pytest.approx(rates, rel=1e-6)
 
 
@@ -92,7 +98,9 @@ def test_plateau_follows_the_validation_loss_with_patience(lessons, tmp_path, mo
 
 
 @pytest.mark.parametrize(("number", "arms"), [("04", 6), ("05", 3)])
-def test_arms_start_from_the_same_weights_and_see_the_same_batches(lessons, tmp_path, monkeypatch, number, arms):
+def test_arms_start_from_the_same_weights_and_see_the_same_batches(
+    lessons, tmp_path, monkeypatch, number, arms
+):
     lesson, starts, batches = lessons[number], [], []
     run_epoch = lesson.run_epoch
 
@@ -107,7 +115,9 @@ def test_arms_start_from_the_same_weights_and_see_the_same_batches(lessons, tmp_
     monkeypatch.setattr(lesson, "run_epoch", spy)
     run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 2)
     assert len(starts) == 2 * arms
-    assert all(torch.equal(starts[0], start) for start in starts[::2]) and not torch.equal(starts[0], starts[1])
+    assert all(torch.equal(starts[0], start) for start in starts[::2]) and not torch.equal(
+        starts[0], starts[1]
+    )
     assert all(batches[0] == order for order in batches[::2]) and batches[0] != batches[1]
     assert all(batches[1] == order for order in batches[1::2])
 
@@ -132,7 +142,10 @@ def test_ranking_calls_no_difference_a_win_inside_one_standard_error(lessons, ca
         assert "some data" in head and "difference: 0.65 points" in head  # 100 * sqrt(2 * 0.7 * 0.3 / 10,000)
         assert first.split() == ["first", "70.00", "%", "in", "epoch", "2"]
         assert tied.split()[:6] == ["tied", "69.40", "%", "in", "epoch", "1"] and "a tie" in tied
-        assert low.split()[:8] == ["low", "69.30", "%", "in", "epoch", "2", "0.70", "behind"] and "tie" not in low
+        assert (
+            low.split()[:8] == ["low", "69.30", "%", "in", "epoch", "2", "0.70", "behind"]
+            and "tie" not in low
+        )
 
 
 def test_schedulers_flag_picks_arms(lessons, tmp_path):

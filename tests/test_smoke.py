@@ -27,7 +27,14 @@ FILES = {
     "06": ["checkpoints/best_model_eval.pth", "evaluation_report.json"]
     + [f"{name}.png" for name in ["confusion_matrix", "confidence_analysis", "error_samples"]],
 }
-CURVES = {"Loss/train", "Loss/val", "Accuracy/train", "Accuracy/val", "LearningRate", "Overfitting/accuracy_gap"}
+CURVES = {
+    "Loss/train",
+    "Loss/val",
+    "Accuracy/train",
+    "Accuracy/val",
+    "LearningRate",
+    "Overfitting/accuracy_gap",
+}
 
 
 @pytest.mark.parametrize("number", FILES)
@@ -49,7 +56,9 @@ def test_pictures_are_complete(finished, number):
 def test_header_and_epoch_line_say_what_is_being_done(finished, lessons, number, device):
     output = finished(number, device).output
     assert re.search(rf"Device: {device} \| data: digits, .*\| parameters: 620,586", output)
-    assert re.search(r"Epoch +1/1 \| train loss \d+\.\d+, accuracy +\d+\.\d+ %.*\| \d+\.\d s, [\d,]+ images/s", output)
+    assert re.search(
+        r"Epoch +1/1 \| train loss \d+\.\d+, accuracy +\d+\.\d+ %.*\| \d+\.\d s, [\d,]+ images/s", output
+    )
     if number != "01":
         folder = finished(number, device).folder / "tensor_board" / lessons[number].LESSON
         assert f'tensorboard --logdir "{folder}"' in output.splitlines()[-1]
@@ -92,7 +101,9 @@ def test_03_predicts_ten_test_images(finished):
 def test_03_checkpoint_holds_everything_in_plain_types(finished, lessons):
     path = finished("03").artifacts / "checkpoints" / "03_save_load_model" / "latest_checkpoint.pth"
     checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["next_epoch"] == 2 and checkpoint["data"] == "digits" and len(checkpoint["history"]) == 1
+    assert (
+        checkpoint["next_epoch"] == 2 and checkpoint["data"] == "digits" and len(checkpoint["history"]) == 1
+    )
     assert checkpoint["class_names"] == list("0123456789")
     assert checkpoint["hyperparameters"] == {
         "epochs": 1, "batch_size": 128, "lr": 0.02, "seed": 42, "data": "digits", "subset": 256,
@@ -113,7 +124,9 @@ def test_05_shows_costs_and_analyses_every_arm(finished):
     for size in [1, 8, 16, 128]:
         assert re.search(rf"all together, groups of {size} +\d+\.\d", output)
     for arm in ARMS["05"]:
-        assert re.search(rf"{arm}: training \d+\.\d+ %, validation \d+\.\d+ %\n +gap -?\d+\.\d+ points", output)
+        assert re.search(
+            rf"{arm}: training \d+\.\d+ %, validation \d+\.\d+ %\n +gap -?\d+\.\d+ points", output
+        )
 
 
 def test_06_report_is_complete_and_names_its_data(finished):

@@ -67,7 +67,9 @@ def parts(number):
             name = node.target.id
         else:
             continue
-        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))]) - 1
+        first = (
+            min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))]) - 1
+        )
         while lines[first - 1].startswith("#"):
             first -= 1
         found[name] = found.get(name, "") + strip_marks("".join(lines[first : node.end_lineno]))
@@ -125,7 +127,9 @@ def test_a_later_lesson_has_the_flags_of_the_earlier_one(lessons, earlier, later
 
 
 def test_all_six_begin_with_the_same_network(lessons):
-    images = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     labels = torch.arange(8)
     results = []
     for lesson in lessons.values():
@@ -165,12 +169,16 @@ def test_comments_explain_without_drowning_the_code(number):
 
 @pytest.mark.parametrize(("earlier", "later"), PAIRS)
 def test_a_neighbours_diff_stays_within_its_budget(earlier, later):
-    diff = list(difflib.ndiff(strip_marks(SOURCES[earlier]).splitlines(), strip_marks(SOURCES[later]).splitlines()))
+    diff = list(
+        difflib.ndiff(strip_marks(SOURCES[earlier]).splitlines(), strip_marks(SOURCES[later]).splitlines())
+    )
     added, removed = (sum(line.startswith(sign) for line in diff) for sign in ["+ ", "- "])
     assert added <= DIFF_BUDGET[later][0] and removed <= DIFF_BUDGET[later][1], (added, removed)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_lesson_imports_nothing_of_this_repository(number):
-    modules = {node.module for node in ast.walk(ast.parse(SOURCES[number])) if isinstance(node, ast.ImportFrom)}
+    modules = {
+        node.module for node in ast.walk(ast.parse(SOURCES[number])) if isinstance(node, ast.ImportFrom)
+    }
     assert not any(module is None or module.startswith(("src", "tests", "experiments")) for module in modules)

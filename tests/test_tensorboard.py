@@ -24,7 +24,15 @@ def server(lessons, finished, tmp_path_factory):
     for number in NUMBERS:
         shutil.copytree(finished(number).folder / "tensor_board", folder / "tensor_board", dirs_exist_ok=True)
     run_lesson(lessons["02"], folder, "--subset", 32, "--seed", 7)
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder / "tensor_board"), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(folder / "tensor_board"),
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(
         [*command, "--host", "127.0.0.1", "--load_fast", "false"], stderr=subprocess.PIPE, text=True
     )
@@ -54,7 +62,9 @@ def test_every_run_shows_up_with_its_curves(server, lessons):
     assert {run.replace("\\", "/").split("/")[0] for run in tags} == names
     assert len(tags) == 2 + 1 + 6 + 3 + 1
     for run, curves in tags.items():
-        assert {"Loss/train", "Loss/val", "Accuracy/train", "Accuracy/val", "LearningRate"} <= set(curves), run
+        assert {"Loss/train", "Loss/val", "Accuracy/train", "Accuracy/val", "LearningRate"} <= set(curves), (
+            run
+        )
 
 
 def test_two_runs_of_a_lesson_are_two_runs(server):
@@ -82,9 +92,9 @@ def test_values_are_those_of_the_history(server, finished, lessons, number):
 def test_06_shows_figures_and_a_curve_for_every_class(server, finished, lessons):
     run = next(run for run in server("scalars/tags") if lessons["06"].LESSON in run)
     images = server("images/tags")[run]
-    assert {f"Evaluation/{name}" for name in ["confusion_matrix", "confidence_analysis", "error_samples"]} == set(
-        images
-    )
+    assert {
+        f"Evaluation/{name}" for name in ["confusion_matrix", "confidence_analysis", "error_samples"]
+    } == set(images)
     assert set(server("pr_curves/tags")[run]) == {f"PrecisionRecall/{digit}" for digit in range(10)}
     report = json.loads((finished("06").artifacts / "evaluation_report.json").read_text(encoding="utf-8"))
     ((_, _, accuracy),) = server("scalars/scalars", run=run, tag="Test/accuracy")
@@ -98,7 +108,9 @@ def test_hyperparameters_are_recorded(server):
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("number", NUMBERS)
-def test_the_points_of_an_epoch_are_on_the_disk_before_anything_else_happens(lessons, tmp_path, monkeypatch, number):
+def test_the_points_of_an_epoch_are_on_the_disk_before_anything_else_happens(
+    lessons, tmp_path, monkeypatch, number
+):
     """So a crash loses none that a checkpoint counts on."""
     report_epoch, points = lessons[number].report_epoch, []
 

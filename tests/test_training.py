@@ -48,7 +48,9 @@ def test_the_constants_are_the_pixel_deviations_not_the_mean_of_the_images(lesso
 def test_network_is_three_convolutions_and_two_linear_layers(lessons):
     for lesson in lessons.values():
         kinds = [type(module) for module in lesson.SimpleCNN().modules()]
-        assert kinds.count(nn.Conv2d) == 3 and kinds.count(nn.Linear) == 2 and kinds.count(nn.BatchNorm2d) == 3
+        assert (
+            kinds.count(nn.Conv2d) == 3 and kinds.count(nn.Linear) == 2 and kinds.count(nn.BatchNorm2d) == 3
+        )
         assert lesson.SimpleCNN().dropout.p == 0.0
         logits = make(lesson).eval()(torch.randn(4, 3, 32, 32))
         assert logits.shape == (4, 10)
@@ -66,7 +68,9 @@ def test_training_loss_and_accuracy_are_weighted_by_images(lessons, images, numb
         total += loss_fn(logits, labels).item() * (last - first)
         correct += (logits.argmax(dim=1) == labels).sum().item()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # no learning, so that the reference holds
-    loss, accuracy = lessons[number].train_one_epoch(model, DataLoader(images, 8), loss_fn, optimizer, "cpu", 1)
+    loss, accuracy = lessons[number].train_one_epoch(
+        model, DataLoader(images, 8), loss_fn, optimizer, "cpu", 1
+    )
     assert loss == pytest.approx(total / 20, abs=1e-5) and accuracy == pytest.approx(100 * correct / 20)
 
 
@@ -74,7 +78,9 @@ def test_training_loss_and_accuracy_are_weighted_by_images(lessons, images, numb
 def test_evaluation_does_not_depend_on_the_batch_size_and_changes_nothing(lessons, images, number):
     model, loss_fn = make(lessons[number], dropout=0.5), nn.CrossEntropyLoss()
     before = copy.deepcopy(model.state_dict())
-    results = [lessons[number].evaluate(model, DataLoader(images, size), loss_fn, "cpu") for size in [20, 8, 3]]
+    results = [
+        lessons[number].evaluate(model, DataLoader(images, size), loss_fn, "cpu") for size in [20, 8, 3]
+    ]
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-5) == pytest.approx(results[2][0], abs=1e-5)
     assert results[0][1] == pytest.approx(results[1][1]) == pytest.approx(results[2][1])
     logits = model.eval()(lessons[number].to_input(images[:][0], "cpu"))
@@ -131,9 +137,13 @@ def test_batches_come_in_a_new_order_every_epoch_by_the_seed_alone(lessons, tmp_
         return 1.0, 50.0
 
     monkeypatch.setattr(lessons[number], "train_one_epoch", spy)
-    monkeypatch.setattr(torch.optim.lr_scheduler.LRScheduler, "step", lambda self, *_: None)  # nothing was trained
+    monkeypatch.setattr(
+        torch.optim.lr_scheduler.LRScheduler, "step", lambda self, *_: None
+    )  # nothing was trained
     for seed in [1, 1, 2]:
-        run_lesson(lessons[number], tmp_path / str(len(orders)), "--epochs", 2, "--seed", seed, "--subset", 64)
+        run_lesson(
+            lessons[number], tmp_path / str(len(orders)), "--epochs", 2, "--seed", seed, "--subset", 64
+        )
     first, again, other = (orders[i * len(orders) // 3 : (i + 1) * len(orders) // 3] for i in range(3))
     assert first[0] != first[1] and sorted(first[0]) == sorted(first[1])
     assert first == again and first != other
@@ -147,7 +157,9 @@ def test_the_network_can_learn_64_images_by_heart(lessons, number):
     model = make(lessons[number])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for _ in range(30):
-        loss, accuracy = lessons[number].train_one_epoch(model, loader, nn.CrossEntropyLoss(), optimizer, "cpu", 1)
+        loss, accuracy = lessons[number].train_one_epoch(
+            model, loader, nn.CrossEntropyLoss(), optimizer, "cpu", 1
+        )
     assert accuracy == 100 and loss < 0.1
 
 
@@ -189,7 +201,13 @@ def test_02_finds_the_epoch_in_which_overfitting_sets_in(lessons):
     assert find(rows((50, 50, 1.5, 1.5), (60, 50, 1.2, 1.4))) == {}, "10 points are not more than 10"
     gap = find(rows((50, 50, 1.5, 1.5), (60.1, 50, 1.2, 1.4), (70, 50, 1.0, 1.3)))
     assert list(gap.values()) == [2] and "10 points" in list(gap)[0]
-    rising = [(50, 50, 1.5, 1.0), (50, 50, 1.4, 1.1), (50, 50, 1.3, 1.2), (50, 50, 1.2, 1.3), (50, 50, 1.1, 1.4)]
+    rising = [
+        (50, 50, 1.5, 1.0),
+        (50, 50, 1.4, 1.1),
+        (50, 50, 1.3, 1.2),
+        (50, 50, 1.2, 1.3),
+        (50, 50, 1.1, 1.4),
+    ]
     assert list(find(rows(*rising)).values()) == [4]
     assert find(rows(*rising[:3])) == {}, "risen for 2 epochs only"
     rising[2] = (50, 50, 1.45, 1.2)
@@ -204,7 +222,9 @@ def test_nothing_in_the_loops_waits_for_a_gpu(lessons, images, number, monkeypat
     for name in ["item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"]:
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(
-            torch.Tensor, name, lambda *args, _original=original, **kw: reads.append(1) or _original(*args, **kw)
+            torch.Tensor,
+            name,
+            lambda *args, _original=original, **kw: reads.append(1) or _original(*args, **kw),
         )
     model, loss_fn = make(lessons[number]), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -26,7 +26,9 @@ def read_scalars(run_dir):
     """Return the curves of one TensorBoard run: {tag: [(step, value), ...]}."""
     events = EventAccumulator(str(run_dir))
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
 def describe_machine():
@@ -35,7 +37,9 @@ def describe_machine():
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():  # Linux knows the name of the processor, but Python does not ask there
         names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+            line.split(":")[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
         ]
         processor = names[0] if names else processor
     return {

@@ -27,7 +27,9 @@ def final_accuracy(lesson, flags, group_size, seed):
         images, labels, class_names, args.data = lesson.load_data(args.data, args.data_dir, train=True)
         train_set, val_set = lesson.split_train_val(images, labels, args.seed, args.subset)
         checkpoints = Path(folder) / "checkpoints"
-        _, history = lesson.train(args, "with_augmentation", train_set, val_set, class_names, checkpoints, None, {})
+        _, history = lesson.train(
+            args, "with_augmentation", train_set, val_set, class_names, checkpoints, None, {}
+        )
     return history[-1]["val_accuracy"]
 
 
@@ -35,7 +37,9 @@ def build_parser():
     """Return the parser of this command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=[42, 43, 44], help="one training for each seed and group size")
+    add(
+        "--seeds", type=int, nargs="+", default=[42, 43, 44], help="one training for each seed and group size"
+    )
     add(
         "--group-sizes",
         type=int,
@@ -54,7 +58,16 @@ def build_parser():
 def main(argv=None):
     args = build_parser().parse_args(argv)
     lesson = load_lesson("05")
-    flags = ["--epochs", args.epochs, "--subset", args.subset, "--data", args.data, "--data-dir", args.data_dir]
+    flags = [
+        "--epochs",
+        args.epochs,
+        "--subset",
+        args.subset,
+        "--data",
+        args.data,
+        "--data-dir",
+        args.data_dir,
+    ]
     lesson.build_parser().parse_args(flags)  # bad flags end the program here, before any training
     accuracy = {size: [] for size in args.group_sizes}
     with tqdm(total=len(args.seeds) * len(accuracy), unit="training", disable=None) as progress:
@@ -69,9 +82,14 @@ def main(argv=None):
     first = args.group_sizes[0]
     for size, values in accuracy.items():
         error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        print(f"  groups of {size:3d}: mean {np.mean(values):.2f} %, standard error of the mean {error:.2f}", end="")
+        print(
+            f"  groups of {size:3d}: mean {np.mean(values):.2f} %, standard error of the mean {error:.2f}",
+            end="",
+        )
         if size != first:
-            print(f", {np.mean(accuracy[first]) - np.mean(values):.2f} points behind groups of {first}", end="")
+            print(
+                f", {np.mean(accuracy[first]) - np.mean(values):.2f} points behind groups of {first}", end=""
+            )
         print(f"  ({', '.join(f'{value:.2f}' for value in values)})")
     if args.json:
         report = {"machine": machine, "seeds": args.seeds, "accuracy": accuracy}

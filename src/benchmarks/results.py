@@ -25,7 +25,14 @@ from common import LESSONS, ROOT, describe_machine, read_scalars
 from tqdm import tqdm
 
 RESULTS = ROOT / "docs" / "results.json"
-SEEDS = {"01": 1, "02": 3, "03": 1, "04": 3, "05": 3, "06": 3}  # how many; lesson 03 trains exactly as lesson 02
+SEEDS = {
+    "01": 1,
+    "02": 3,
+    "03": 1,
+    "04": 3,
+    "05": 3,
+    "06": 3,
+}  # how many; lesson 03 trains exactly as lesson 02
 
 
 def collect(number, folder):
@@ -49,7 +56,9 @@ def collect(number, folder):
             "gap": curves["Overfitting/accuracy_gap"][-1][1],
         }
         if number == "06":
-            del arms[arm]["gap"]  # its training images are augmented, so they are harder than the validation images
+            del arms[arm][
+                "gap"
+            ]  # its training images are augmented, so they are harder than the validation images
             report = json.loads((folder / "artifacts" / "evaluation_report.json").read_text(encoding="utf-8"))
             arms[arm]["test_accuracy"] = 100 * report["accuracy"]
             arms[arm]["top_3_accuracy"] = 100 * report["top_k"]["3"]
@@ -92,7 +101,9 @@ def run(number, seed, args):
         "lesson": number,
         "seed": seed,
         "data": args.data_name,
-        "seconds": None if resumed or args.untimed else round(seconds, 1),  # of a resumed run only a part was timed
+        "seconds": None
+        if resumed or args.untimed
+        else round(seconds, 1),  # of a resumed run only a part was timed
         "peak_memory_bytes": peak_memory,
         "machine": describe_machine(),
         "arms": collect(number, folder),
@@ -121,7 +132,9 @@ def build_parser():
     add("--first-seed", type=int, default=42, help="the seeds are this one and those that follow")
     add("--data-dir", type=Path, help="folder of CIFAR-10; the lessons' own default if it is not given")
     add("--data-name", default="CIFAR-10", help="what the tables call the data")
-    add("--work-dir", type=Path, default=ROOT / "artifacts" / "results", help="folder for what the runs write")
+    add(
+        "--work-dir", type=Path, default=ROOT / "artifacts" / "results", help="folder for what the runs write"
+    )
     add("--untimed", action="store_true", help="keep no times, because the machine has other things to do")
     add("--launcher", type=Path, help="a Python script that runs the lesson and the flags given to it")
     return parser

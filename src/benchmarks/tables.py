@@ -71,7 +71,9 @@ def pick(results, number):
 def headline(entries, say):
     """Return the accuracy that stands for a lesson, as text: that of its best arm, on the images it is judged by."""
     split = {"01": "train", "06": "test"}.get(entries[0]["lesson"], "val")
-    by_arm = {arm: [entry["arms"][arm][f"{split}_accuracy"] for entry in entries] for arm in entries[0]["arms"]}
+    by_arm = {
+        arm: [entry["arms"][arm][f"{split}_accuracy"] for entry in entries] for arm in entries[0]["arms"]
+    }
     best = max(by_arm, key=lambda arm: statistics.mean(by_arm[arm]))
     split_name = {"train": "training", "val": "validation", "test": "test"}[split]
     text = say(f"{{}} % on {split_name} images").format(mean_and_spread(by_arm[best], 1))
@@ -94,7 +96,9 @@ def fill_lessons(text, results, say):
         entries = pick(results, row["number"])
         return f"{row['rest']}| {duration(entries, say)} | {headline(entries, say)} |" if entries else row[0]
 
-    return re.sub(r"^(?P<rest>\| `?\[?`?(?P<number>0\d)_.*?)\|[^|\n]*\|[^|\n]*\|$", fill, text, flags=re.MULTILINE)
+    return re.sub(
+        r"^(?P<rest>\| `?\[?`?(?P<number>0\d)_.*?)\|[^|\n]*\|[^|\n]*\|$", fill, text, flags=re.MULTILINE
+    )
 
 
 def runs_table(results, say):
@@ -142,7 +146,11 @@ def arms_table(results, number, say):
 def throughput_table(report, say):
     """Return the table of images per second, and of what share of the arithmetic limit that is."""
     rows = [
-        [name, f"{figures['median']:,.0f} ({figures['min']:,.0f} - {figures['max']:,.0f})", f"{share['median']:.2f}"]
+        [
+            name,
+            f"{figures['median']:,.0f} ({figures['min']:,.0f} - {figures['max']:,.0f})",
+            f"{share['median']:.2f}",
+        ]
         for (name, figures), share in zip(
             report["images_per_second"].items(), report["share_of_arithmetic_limit"].values(), strict=True
         )

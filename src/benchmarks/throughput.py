@@ -52,7 +52,9 @@ PIL_AUGMENTATION = [
     transforms.RandomHorizontalFlip(p=0.5),
     transforms.RandomCrop(32, padding=4),
     transforms.RandomRotation(15, interpolation=transforms.InterpolationMode.BILINEAR),
-    transforms.RandomApply([transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)], p=0.3),
+    transforms.RandomApply(
+        [transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)], p=0.3
+    ),
 ]
 TO_TENSOR = [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))]
 ERASING = [transforms.RandomErasing(p=0.3, scale=(0.02, 0.15))]
@@ -96,7 +98,9 @@ def lesson_task(lesson, images, labels, *group_size):
     """Return a function that trains one epoch with the lesson's own code."""
     model, loss_fn, optimizer = new_training(lesson, torch.channels_last)
     loader = DataLoader(TensorDataset(images, labels), BATCH_SIZE, shuffle=True)
-    return lambda: lesson.train_one_epoch(model, loader, loss_fn, optimizer, torch.device("cpu"), 1, *group_size)
+    return lambda: lesson.train_one_epoch(
+        model, loader, loss_fn, optimizer, torch.device("cpu"), 1, *group_size
+    )
 
 
 def ceiling_task(lesson, images, labels):
@@ -120,7 +124,9 @@ def classic_task(lesson, images, labels, transform, workers, forward=nn.Module._
     model, loss_fn, optimizer = new_training(lesson, torch.contiguous_format)
     dataset = PILDataset(images.numpy(), labels.tolist(), transforms.Compose(transform))
     # Workers that persist start once, before the first round, and not in every round: that favours the usual way.
-    loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    loader = DataLoader(
+        dataset, BATCH_SIZE, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
 
     def run():
         model.train()
@@ -152,7 +158,9 @@ def operations_per_image(lesson):
     """
     model, loss_fn, optimizer = new_training(lesson, torch.channels_last)
     with FlopCounterMode(display=False) as counter:
-        train_step(model, loss_fn, optimizer, torch.zeros(BATCH_SIZE, 3, 32, 32), torch.zeros(BATCH_SIZE).long())
+        train_step(
+            model, loss_fn, optimizer, torch.zeros(BATCH_SIZE, 3, 32, 32), torch.zeros(BATCH_SIZE).long()
+        )
     return counter.get_total_flops() / BATCH_SIZE
 
 
@@ -209,7 +217,8 @@ def compare(seconds, images):
         "speed: lesson / usual way, 2 workers": rates[LESSON] / rates[CLASSIC_WORKERS],
         "speed: lesson / usual way, pooling last": rates[LESSON] / rates[CLASSIC_POOLING_LAST],
         "speed, augmented: lesson / usual way": rates[LESSON_AUGMENTED] / rates[CLASSIC_AUGMENTED],
-        "speed, augmented: lesson / usual way, 2 workers": rates[LESSON_AUGMENTED] / rates[CLASSIC_AUGMENTED_WORKERS],
+        "speed, augmented: lesson / usual way, 2 workers": rates[LESSON_AUGMENTED]
+        / rates[CLASSIC_AUGMENTED_WORKERS],
         "time, lesson: augmented / plain": seconds[LESSON_AUGMENTED] / seconds[LESSON],
         "time, usual way: augmented / plain": seconds[CLASSIC_AUGMENTED] / seconds[CLASSIC],
     }
@@ -227,11 +236,15 @@ def compare(seconds, images):
 def print_report(report):
     """Print the figures of compare(), the times by size and the memory as tables."""
     rate = report["matrix_operations_per_second"]["median"] / 1e9
-    print(f"A step of training takes {report['operations_per_image'] / 1e6:.1f} million operations for an image.")
+    print(
+        f"A step of training takes {report['operations_per_image'] / 1e6:.1f} million operations for an image."
+    )
     print(
         f"Multiplying {MATRIX_SIZE}x{MATRIX_SIZE} matrices, this machine does {rate:,.0f} billion operations a second."
     )
-    print(f"Median (least to greatest) of {report['rounds']} rounds of {report['images']:,} images, batches of 128:")
+    print(
+        f"Median (least to greatest) of {report['rounds']} rounds of {report['images']:,} images, batches of 128:"
+    )
     print(f"  {'':32} {'images/s':>24}   share of the arithmetic limit")
     for name, figures in report["images_per_second"].items():
         share = in_words(report["share_of_arithmetic_limit"][name], 2)
@@ -253,7 +266,9 @@ def plot_rates(report, path):
     names = list(rates)[::-1]  # barh() begins at the bottom
     medians = np.array([rates[name]["median"] for name in names])
     ends = np.array([[rates[name]["min"], rates[name]["max"]] for name in names]).T
-    colors = ["C0" if name.startswith("lesson") else "C2" if name == CEILING else "lightgrey" for name in names]
+    colors = [
+        "C0" if name.startswith("lesson") else "C2" if name == CEILING else "lightgrey" for name in names
+    ]
     ax.barh(names, medians, color=colors, xerr=abs(ends - medians), error_kw={"ecolor": "grey", "capsize": 3})
     limit = report["matrix_operations_per_second"]["median"] / report["operations_per_image"]
     ax.axvline(limit, color="C3", linestyle="--", label="arithmetic limit")
@@ -278,7 +293,13 @@ def build_parser():
     add = parser.add_argument
     add("--rounds", type=whole_number, default=11, help="how often everything is timed")
     add("--images", type=whole_number, default=2048, help="images in one timing")
-    add("--sizes", type=whole_number, nargs="+", default=[2000, 10_000, 50_000], help="is the cost in proportion?")
+    add(
+        "--sizes",
+        type=whole_number,
+        nargs="+",
+        default=[2000, 10_000, 50_000],
+        help="is the cost in proportion?",
+    )
     add("--data-dir", type=Path, help="folder of CIFAR-10; random images if it is not given")
     add("--output-dir", type=Path, default=ROOT, help="folder in which artifacts/throughput.png is written")
     add("--json", type=Path, metavar="PATH", help="write the figures to this file")
@@ -292,7 +313,10 @@ def main(argv=None):
         split = CIFAR10(args.data_dir, train=True)
         images, labels = torch.tensor(split.data[:count]), torch.tensor(split.targets[:count])
     else:
-        images, labels = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (count,))
+        images, labels = (
+            torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8),
+            torch.randint(10, (count,)),
+        )
     report = {"machine": describe_machine(), "data": "CIFAR-10" if args.data_dir else "random images"}
     print(f"{machine_in_words(report['machine'])}; {report['data']}")
 
@@ -302,7 +326,9 @@ def main(argv=None):
     by_size = {size: lesson_task(lesson, images[:size], labels[:size]) for size in args.sizes}
     seconds = measure(by_size, min(args.rounds, 5))  # 5, because these are large
     time_per_image = {size: values / size for size, values in seconds.items()}
-    by_size = {size: spread(values / time_per_image[args.sizes[0]]) for size, values in time_per_image.items()}
+    by_size = {
+        size: spread(values / time_per_image[args.sizes[0]]) for size, values in time_per_image.items()
+    }
     report |= {"time_per_image_by_size": by_size, "peak_memory_bytes": peak_memory()}
 
     print_report(report)

