@@ -1,5 +1,6 @@
 """What the tests share: the six lessons as modules, and one quick run of each on scikit-learn's handwritten digits."""
 
+import argparse
 import contextlib
 import functools
 import io
@@ -17,6 +18,7 @@ PATHS = {path.stem[:2]: path for path in sorted((ROOT / "src" / "experiments" / 
 NUMBERS = list(PATHS)  # "01" to "06"
 DRAW = {Figure: "savefig", SummaryWriter: "add_figure"}  # what takes long, and few tests look at
 ORIGINALS = {kind: getattr(kind, name) for kind, name in DRAW.items()}
+CPU = torch.device("cpu")
 FLAGS = ["--data", "digits", "--subset", "200", "--device", "cpu", "--batch-size", "64"]
 QUICK = ["--data", "digits", "--epochs", "1", "--subset", "256", "--device", "cpu"]
 
@@ -33,8 +35,24 @@ def run_lesson(lesson, output_dir, *flags):
     return output.getvalue()
 
 
-def folder_of(lesson, output_dir):
-    return output_dir / "artifacts" / "checkpoints" / lesson.LESSON
+def folder_of(lesson, output_dir, run=1):
+    """Return the folder in which the Nth run of a lesson on digits keeps its checkpoints."""
+    return output_dir / "artifacts" / "checkpoints" / lesson.LESSON / f"digits_run_{run}"
+
+
+def checkpoints_of(lesson, output_dir, run=1):
+    """Return all checkpoints of a run as {path relative to its folder: content of the file}."""
+    folder = folder_of(lesson, output_dir, run)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.pth"))}
+
+
+def parser_of(lesson):
+    """Return the parser that a lesson's parse_args() makes."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(IndexError):
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, *_: (made.append(parser), [][0]))
+        lesson.parse_args([])
+    return made[0]
 
 
 def load(path):
@@ -48,7 +66,7 @@ def assert_same_state(one, other):
         assert torch.equal(one, other)
     elif isinstance(one, dict):
         assert one.keys() == other.keys()
-        for key in one.keys() - {"seconds", "images_per_second", "run"}:
+        for key in one.keys() - {"Seconds"}:
             assert_same_state(one[key], other[key])
     elif isinstance(one, (list, tuple)):
         assert len(one) == len(other)

@@ -1,17 +1,21 @@
 """Nothing is lost, and a resumed run is the run it would have been."""
 
+import contextlib
 import copy
+import io
 import os
 import pickle
-import random
 import re
+import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from common import read_scalars
-from conftest import FLAGS, assert_same_state, folder_of, load, run_lesson
+from conftest import CPU, FLAGS, assert_same_state, checkpoints_of, folder_of, load, run_lesson
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -30,6 +34,21 @@ def interrupt_before_report(context, lesson, stop):
     context.setattr(lesson, "report_epoch", interrupt)
 
 
+def resume(lesson, output_dir, *flags):
+    """Run main() with these flags alone, so that a checkpoint's settings stand. Returns what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        lesson.main(["--output-dir", str(output_dir), "--device", "cpu", *map(str, flags)])
+    return output.getvalue()
+
+
+def assert_same_run(lesson, one, other):
+    """Compare all checkpoints of the first runs in two output folders."""
+    names = checkpoints_of(lesson, other).keys()
+    assert names and checkpoints_of(lesson, one).keys() == names
+    for name in names:
+        assert_same_state(load(folder_of(lesson, one) / name), load(folder_of(lesson, other) / name))
+
+
 @pytest.mark.parametrize(
     ("number", "epochs", "stop", "more"),
     [
@@ -45,19 +64,18 @@ def test_resumed_in_a_new_process_equals_uninterrupted(
         interrupt_before_report(context, lesson, stop)
         run_lesson(lesson, tmp_path / "a", *flags)
     command = str(stopped.value).removeprefix("To go on after the last saved epoch: ")
-    words = [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|(\S+)', command)]
-    resumed = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    resumed = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert resumed.returncode == 0, resumed.stderr
     run_lesson(lesson, tmp_path / "b", *flags)
-    for path in folder_of(lesson, tmp_path / "b").iterdir():
-        assert_same_state(load(folder_of(lesson, tmp_path / "a") / path.name), load(path))
-
+    assert_same_run(lesson, tmp_path / "a", tmp_path / "b")
     for events in (tmp_path / "b").rglob("events*"):
         run = events.parent
         same_run = tmp_path / "a" / run.relative_to(tmp_path / "b")
-        scalars = read_scalars(same_run)
-        assert scalars == read_scalars(run), "the same points, each of them once"
-        assert [step for step, _ in scalars["Loss/val"]] == list(range(1, epochs + 1))
+        scalars, expected = read_scalars(same_run), read_scalars(run)
+        if scalars:  # the pictures of lesson 04 have a folder of their own
+            assert scalars.pop("Seconds") and expected.pop("Seconds")
+            assert scalars == expected, "the same points, each of them once"
+            assert [step for step, _ in scalars["Loss/val"]] == list(range(1, epochs + 1))
 
 
 def test_05_resumed_equals_uninterrupted(lessons, tmp_path, monkeypatch):
@@ -68,47 +86,184 @@ def test_05_resumed_equals_uninterrupted(lessons, tmp_path, monkeypatch):
         run_lesson(lesson, tmp_path / "a", *flags)
     run_lesson(lesson, tmp_path / "a", *flags, "--resume")
     run_lesson(lesson, tmp_path / "b", *flags)
-    for path in folder_of(lesson, tmp_path / "b").iterdir():
-        assert_same_state(load(folder_of(lesson, tmp_path / "a") / path.name), load(path))
+    assert_same_run(lesson, tmp_path / "a", tmp_path / "b")
 
 
-def test_06_keeps_no_model_of_a_training_that_was_stopped(lessons, tmp_path, monkeypatch):
-    """Otherwise the next run would evaluate it as if it were finished."""
-    interrupt_before_report(monkeypatch, lessons["06"], 2)
-    with pytest.raises(KeyboardInterrupt):
-        run_lesson(lessons["06"], tmp_path, *FLAGS, "--epochs", 3)
-    assert not list(tmp_path.rglob("*.pth"))
+def test_06_evaluates_no_model_of_a_training_that_was_stopped(lessons, tmp_path, monkeypatch):
+    """It is kept under another name, and the next run trains anew."""
+    lesson, checkpoints = lessons["06"], tmp_path / "artifacts" / "checkpoints"
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        interrupt_before_report(context, lesson, 2)
+        run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 3)
+    assert [path.name for path in checkpoints.iterdir()] == ["digits_run_1_unfinished.pth"]
+    assert len(load(checkpoints / "digits_run_1_unfinished.pth")["history"]) == 1
+    assert "Epoch  1/1" in run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 1)
+    assert {path.name for path in checkpoints.iterdir()} == {
+        "digits_run_1_unfinished.pth",
+        "best_model_eval.pth",
+    }
+    assert "No training" in run_lesson(lesson, tmp_path, *FLAGS)
 
 
 def test_03_goes_on_with_more_epochs_and_saves_every_fifth(lessons, tmp_path):
-    lesson = lessons["03"]
+    lesson, folder = lessons["03"], folder_of(lessons["03"], tmp_path)
     run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 4)
     assert not list(tmp_path.rglob("checkpoint_epoch_*"))
-    first = load(folder_of(lesson, tmp_path) / "latest_checkpoint.pth")
+    first = load(folder / "latest_checkpoint.pth")
     run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 6, "--resume")
-    folder = folder_of(lesson, tmp_path)
     assert [path.name for path in folder.glob("checkpoint_epoch_*")] == ["checkpoint_epoch_5.pth"]
-    assert load(folder / "checkpoint_epoch_5.pth")["next_epoch"] == 6
+    assert len(load(folder / "checkpoint_epoch_5.pth")["history"]) == 5
     latest = load(folder / "latest_checkpoint.pth")
-    assert latest["next_epoch"] == 7 and latest["history"][:4] == first["history"]
-    output = run_lesson(
-        lesson, tmp_path, *FLAGS, "--epochs", 6, "--resume", folder / "checkpoint_epoch_5.pth"
+    assert len(latest["history"]) == 6 and latest["history"][:4] == first["history"]
+
+
+def test_03_an_older_epoch_goes_on_in_a_run_of_its_own(lessons, tmp_path):
+    """So the newer and the better checkpoints beside it stay as they are."""
+    lesson, folder = lessons["03"], folder_of(lessons["03"], tmp_path)
+    run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 6)
+    before = checkpoints_of(lesson, tmp_path)
+    older = folder / "checkpoint_epoch_5.pth"
+    output = run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 7, "--resume", older)
+    assert "5 of 7 epochs are done" in output and "Epoch  6/7" in output and "Epoch  5/7" not in output
+    assert checkpoints_of(lesson, tmp_path) == before
+    assert_same_state(
+        load(folder / "latest_checkpoint.pth")["history"],
+        load(folder_of(lesson, tmp_path, 2) / "latest_checkpoint.pth")["history"][:6],
     )
-    assert "5 of 6 epochs are done" in output and "Epoch  6/6" in output and "Epoch  5/6" not in output
+    assert {"latest_checkpoint.pth", "best_model.pth"} <= checkpoints_of(lesson, tmp_path, 2).keys()
+    runs = [path.name for path in (tmp_path / "tensor_board" / lesson.LESSON).iterdir()]
+    assert sorted(runs) == ["digits_run_1", "digits_run_2"]
+
+
+def test_03_a_latest_checkpoint_alone_goes_on_without_its_best(lessons, tmp_path):
+    """Copied elsewhere, it has no best_model.pth beside it: the best of what follows takes its place."""
+    lesson, folder = lessons["03"], folder_of(lessons["03"], tmp_path)
+    run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 3)
+    (tmp_path / "elsewhere").mkdir()
+    copy_of_it = tmp_path / "elsewhere" / "latest_checkpoint.pth"
+    copy_of_it.write_bytes((folder / "latest_checkpoint.pth").read_bytes())
+    output = run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 4, "--resume", copy_of_it)
+    best = load(tmp_path / "elsewhere" / "best_model.pth")["history"]
+    assert len(best) == 4
+    assert f"Best validation accuracy on digits: {best[-1]['Accuracy/val']:.2f} % in epoch 4." in output
 
 
 @pytest.mark.parametrize("number", ["03", "04", "05"])
-def test_a_new_run_keeps_the_checkpoints_of_the_one_before(lessons, tmp_path, number):
-    folder, small = folder_of(lessons[number], tmp_path), [*FLAGS, "--subset", 32]
-    run_lesson(lessons[number], tmp_path, *small)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    output = run_lesson(lessons[number], tmp_path, *small, "--seed", 1)
-    kept = folder.with_name(f"{folder.name}_run_1")
-    assert f"are in {kept} now" in output
-    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
-    assert load(folder / "latest_checkpoint.pth")["hyperparameters"]["seed"] == 1
-    run_lesson(lessons[number], tmp_path, "--resume", kept / "latest_checkpoint.pth", *small[2:])
-    assert load(folder / "latest_checkpoint.pth")["hyperparameters"]["seed"] == 1
+def test_a_new_run_touches_nothing_of_the_one_before(lessons, tmp_path, number):
+    lesson, small = lessons[number], [*FLAGS, "--subset", 32]
+    run_lesson(lesson, tmp_path, *small)
+    before = checkpoints_of(lesson, tmp_path)
+    assert before
+    output = run_lesson(lesson, tmp_path, *small, "--seed", 1)
+    assert f"The checkpoints are in {folder_of(lesson, tmp_path, 2)}." in output
+    assert checkpoints_of(lesson, tmp_path) == before
+    seeds = {load(path)["hyperparameters"]["seed"] for path in folder_of(lesson, tmp_path, 2).rglob("*.pth")}
+    assert seeds == {1}
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05", "06"])
+def test_a_run_that_starts_and_ends_inside_another_disturbs_nothing(lessons, tmp_path, monkeypatch, number):
+    """The other way round too: both end as they would have ended alone, and say so."""
+    lesson, small = lessons[number], [*FLAGS, "--subset", 40, "--epochs", 2]
+    small += ["--schedulers", "Constant", "StepLR"] if number == "04" else []
+    alone = [run_lesson(lesson, tmp_path / f"alone_{seed}", *small, "--seed", seed) for seed in [1, 2]]
+    report_epoch, inner = lesson.report_epoch, []
+
+    def start_the_other(*args):
+        report_epoch(*args)
+        if not inner:
+            inner.append("")
+            with torch.random.fork_rng():  # two processes have random numbers of their own
+                inner[0] = run_lesson(lesson, tmp_path / "both", *small, "--seed", 2)
+
+    monkeypatch.setattr(lesson, "report_epoch", start_the_other)
+    outer = run_lesson(lesson, tmp_path / "both", *small, "--seed", 1)
+    for output, expected in zip([outer, inner[0]], alone, strict=True):
+        figures = [re.findall(r"[\d.]+ %|loss [\d.]+", text) for text in [output, expected]]
+        assert figures[0] == figures[1] and len(figures[0]) > 5
+    if number != "06":
+        for run, seed in [(1, 1), (2, 2)]:
+            for name in checkpoints_of(lesson, tmp_path / f"alone_{seed}"):
+                one = folder_of(lesson, tmp_path / "both", run) / name
+                assert_same_state(load(one), load(folder_of(lesson, tmp_path / f"alone_{seed}") / name))
+
+
+def test_two_starts_in_one_moment_get_different_folders(lessons, tmp_path, monkeypatch):
+    """Both have looked, and seen that the folder is free, before either makes it."""
+    lesson, mkdir = lessons["03"], Path.mkdir
+
+    def make_it_first(path, *args, **kwargs):
+        with monkeypatch.context() as context:
+            context.setattr(Path, "mkdir", mkdir)
+            if not path.exists() and path.name == "digits_run_1":
+                mkdir(path, *args, **kwargs)  # the other start
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", make_it_first)
+    names = [path.name for path in lesson.new_run_dirs("digits", tmp_path / "a", tmp_path / "b")]
+    assert names == ["digits_run_2", "digits_run_2"]
+    assert (tmp_path / "b" / "digits_run_2").is_dir() and not (tmp_path / "b" / "digits_run_1").exists()
+    (tmp_path / "b" / "digits_run_3").mkdir(
+        parents=True
+    )  # in one of the folders only: somebody tidied the other
+    assert lesson.new_run_dirs("digits", tmp_path / "a", tmp_path / "b")[0].name == "digits_run_4"
+
+
+@pytest.mark.parametrize(
+    ("number", "more"), [("04", ["--schedulers", "Constant", "StepLR", "ExponentialLR"]), ("05", [])]
+)
+def test_resume_goes_on_with_every_arm_that_is_not_finished(lessons, tmp_path, monkeypatch, number, more):
+    """The first is done, the second has one epoch of two, the third has not begun."""
+    lesson, flags = lessons[number], [*FLAGS, "--subset", "48", "--epochs", "2", *more]
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        interrupt_before_report(context, lesson, 4)
+        run_lesson(lesson, tmp_path, *flags)
+    folder = folder_of(lesson, tmp_path)
+    arms = list(lesson.ARMS) if number == "05" else more[1:]
+    assert [path.name for path in sorted(folder.iterdir())] == sorted(arms[:2])
+    finished_arm = (folder / arms[0] / "latest_checkpoint.pth").read_bytes()
+    output = resume(lesson, tmp_path, "--resume", folder)
+    for arm, done in zip(arms, [2, 1, 0], strict=True):
+        assert f"{arm}: {done} of 2 epochs are done." in output
+    assert output.count("Epoch  1/2") == 1 and output.count("Epoch  2/2") == 2
+    assert (folder / arms[0] / "latest_checkpoint.pth").read_bytes() == finished_arm
+    assert all(len(load(folder / arm / "latest_checkpoint.pth")["history"]) == 2 for arm in arms)
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05"])
+def test_a_run_can_be_resumed_from_before_its_first_epoch_ends(lessons, tmp_path, monkeypatch, number):
+    """And leaves no second run of one epoch in TensorBoard."""
+    lesson = lessons[number]
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt) as stopped:
+        interrupt_before_report(context, lesson, 1)
+        run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 1, "--subset", 32)
+    assert "--resume" in str(stopped.value)
+    assert "0 of 1 epochs are done." in resume(lesson, tmp_path, "--resume")
+    assert [path.name for path in (tmp_path / "tensor_board" / lesson.LESSON).iterdir()] == ["digits_run_1"]
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05"])
+def test_resume_takes_the_newest_run(lessons, tmp_path, number):
+    lesson = lessons[number]
+    for seed in [1, 2]:
+        run_lesson(lesson, tmp_path, *FLAGS, "--subset", 16, "--seed", seed)
+    assert f"The checkpoints are in {folder_of(lesson, tmp_path, 2)}." in resume(lesson, tmp_path, "--resume")
+    for path in folder_of(lesson, tmp_path, 1).rglob("latest_checkpoint.pth"):
+        path.touch()
+    assert f"The checkpoints are in {folder_of(lesson, tmp_path, 1)}." in resume(lesson, tmp_path, "--resume")
+
+
+def test_the_printed_command_survives_a_shell(lessons, tmp_path, monkeypatch):
+    """With spaces, quotes and dollar signs in every path, Python's own included."""
+    folder = tmp_path / "a folder" / ("it's $HOME" if os.name != "nt" else "it is %HOME%")
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    args = lessons["03"].parse_args(["--output-dir", str(folder), "--epochs", "7", "--device", "cpu"])
+    hint = lessons["03"].resume_hint(args, folder / "latest_checkpoint.pth")
+    words = shlex.split(hint.removeprefix("To go on after the last saved epoch: "), posix=os.name != "nt")
+    words = [word.strip('"') for word in words]
+    assert words[0] == str(folder / "python") and words[words.index("--output-dir") + 1] == str(folder)
+    assert words[words.index("--resume") + 1] == str(folder / "latest_checkpoint.pth")
+    assert words[words.index("--epochs") + 1] == "7" and words[words.index("--device") + 1] == "cpu"
 
 
 @pytest.mark.parametrize("number", ["03", "04", "05", "06"])
@@ -123,7 +278,7 @@ def test_best_model_is_the_one_of_the_best_validation_accuracy(lessons, tmp_path
 
     def train_one_epoch(
         model, loader, loss_fn, optimizer, device, *_
-    ):  # it looks better and better on training data
+    ):  # it looks better and better in training
         loss_fn(model(lesson.to_input(loader.dataset[:8][0], device)), loader.dataset[:8][1]).backward()
         optimizer.step()
         return 1.0 / (len(weights) + 1), 90.0 + len(weights)
@@ -131,17 +286,21 @@ def test_best_model_is_the_one_of_the_best_validation_accuracy(lessons, tmp_path
     monkeypatch.setattr(lesson, "evaluate", evaluate)
     monkeypatch.setattr(lesson, "train_one_epoch", train_one_epoch)
     more = ["--schedulers", "StepLR"] if number == "04" else []
-    run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 3, *more)
-    if number == "06":
-        best = [tmp_path / "artifacts" / "checkpoints" / "best_model_eval.pth"]
-    else:
-        best = sorted(folder_of(lesson, tmp_path).glob("best_*.pth"))
-    assert best
+    output = run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 3, *more)
+    best = sorted(tmp_path.rglob("best_model*.pth"))
+    assert len(best) == (3 if number == "05" else 1)
     for path in best:
         checkpoint = load(path)
-        assert checkpoint["best_accuracy"] == 60.0 and checkpoint["next_epoch"] == 3
+        assert [row["Accuracy/val"] for row in checkpoint["history"]] == [20.0, 60.0]
         candidates = [w for w, accuracy in zip(weights, accuracies, strict=True) if accuracy == 60.0]
         assert any(all(torch.equal(checkpoint["model"][k], w[k]) for k in w) for w in candidates)
+    says = {
+        "03": "Best validation accuracy on digits: 60.00 % in epoch 2.",
+        "04": "60.00 % in epoch  2",
+        "05": "60.00 % in epoch  2",
+        "06": "best validation accuracy of its training: 60.00 %",
+    }
+    assert says[number] in output
 
 
 def test_an_interrupted_save_leaves_the_old_file(lessons, tmp_path, monkeypatch):
@@ -184,63 +343,132 @@ class Malice:
         return (open, (str(self.path), "w"))
 
 
+def offer(number, content, folder):
+    """Put a checkpoint where a lesson looks for it. Returns the flag and its value, and the path of the file.
+
+    content: bytes of the file, a dict to save, or None for a folder in the place of the file.
+    """
+    arm = {"04": "Constant/latest_checkpoint.pth", "05": "without_augmentation/latest_checkpoint.pth"}
+    path = folder / arm.get(number, "x.pth")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if content is None:
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    flag = "--checkpoint" if number == "06" else "--resume"
+    return [flag, str(folder if number in ["04", "05"] else path)], path
+
+
+def latest_of(finished, number):
+    """Return the path of a checkpoint of a finished quick run."""
+    return next(
+        finished(number).artifacts.glob(
+            "checkpoints/**/" + ("best" if number == "06" else "latest") + "*.pth"
+        )
+    )
+
+
 @pytest.mark.parametrize("number", ["03", "04", "05", "06"])
 def test_unusable_checkpoints_get_one_sentence(finished, lessons, tmp_path, number, capsys):
-    lesson = lessons[number]
-    good = next(finished(number).artifacts.glob("checkpoints/**/*.pth"))
-    content = good.read_bytes()
-    (tmp_path / "truncated.pth").write_bytes(content[: len(content) // 2])
-    (tmp_path / "empty.pth").write_bytes(b"")
-    (tmp_path / "text.pth").write_text("not a checkpoint", encoding="utf-8")
-    (tmp_path / "folder.pth").mkdir()
-    other = load(good)
-    torch.save(other["model"], tmp_path / "weights_only.pth")
-    torch.save(other | {"model": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "another_network.pth")
-    torch.save({"model": Malice(tmp_path / "was_run")}, tmp_path / "malice.pth")
-    (tmp_path / "plain_pickle.pth").write_bytes(pickle.dumps(Malice(tmp_path / "was_run"), protocol=2))
-    paths = [*tmp_path.glob("*.pth"), tmp_path / "missing.pth", ""]
-    assert len(paths) == 10
-    flag = "--checkpoint" if number == "06" else "--resume"
-    for path in paths:
+    lesson, content = lessons[number], latest_of(finished, number).read_bytes()
+    good = load(io.BytesIO(content))
+    history = good["history"]
+    unusable = {
+        "truncated": content[: len(content) // 2],
+        "empty": b"",
+        "text": b"not a checkpoint",
+        "a folder": None,
+        "weights only": good["model"],
+        "a list": [1, 2, 3],
+        "another network": good | {"model": torch.nn.Linear(2, 2).state_dict()},
+        "malice": {"model": Malice(tmp_path / "was_run")},
+        "plain pickle": pickle.dumps(Malice(tmp_path / "was_run"), protocol=2),
+        "history as text": good | {"history": "0.5, 0.4"},
+        "history of text": good | {"history": ["0.5", "0.4"]},
+        "history without accuracy": good | {"history": [{"Loss/val": 1.0}]},
+        "names as text": good | {"class_names": "cat"},
+        "settings as a list": good | {"hyperparameters": [1, 2]},
+    }
+    if number != "06":
+        unusable |= {
+            "no optimizer": good | {"optimizer": {}},
+            "random states None": good | {"random_states": None},
+            "one random state": good | {"random_states": good["random_states"][:1]},
+            "random states as text": good | {"random_states": ["a", "b"]},
+        }
+        for key in good:
+            unusable[f"without {key}"] = {name: value for name, value in good.items() if name != key}
+    assert history
+    for name, what in unusable.items():
+        words, path = offer(number, what, tmp_path / name)
         with pytest.raises(SystemExit) as error:
-            run_lesson(lesson, tmp_path / "out", flag, path)
+            resume(lesson, tmp_path / "out", *words)
         message = str(error.value.code)
-        assert str(path) in message and "\n" not in message and "another one" in message
+        assert str(path) in message and "\n" not in message and "another one" in message, name
+    for words in [tmp_path / "missing", ""]:
+        with pytest.raises(SystemExit, match="another one") as error:
+            resume(lesson, tmp_path / "out", "--checkpoint" if number == "06" else "--resume", words)
     assert not (tmp_path / "was_run").exists()
-    lesson.load_checkpoint(good)
+    made = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert made == []
+    lesson.load_checkpoint(latest_of(finished, number))
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05"])
+@pytest.mark.parametrize(
+    "change",
+    [{"lr": "fast"}, {"epochs": 2.5}, {"seed": None}, {"run": "../x"}, {"subset": -1}, {"data": 7}],
+    ids=str,
+)
+def test_strange_settings_in_a_checkpoint_get_status_2(finished, lessons, tmp_path, number, change, capsys):
+    good = load(latest_of(finished, number))
+    words, _ = offer(number, good | {"hyperparameters": good["hyperparameters"] | change}, tmp_path / "x")
+    with pytest.raises(SystemExit) as error:
+        resume(lessons[number], tmp_path / "out", *words)
+    assert error.value.code == 2 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("number", ["03", "04", "05"])
 def test_a_resumed_run_keeps_its_settings(finished, lessons, tmp_path, number, capsys):
-    path = finished(number).artifacts / "checkpoints" / lessons[number].LESSON / "latest_checkpoint.pth"
+    good = load(latest_of(finished, number))
+    words, _ = offer(number, good, tmp_path / "x")
     for flag, value in [("--seed", 1), ("--batch-size", 7), ("--lr", 0.5), ("--subset", 100)]:
         with pytest.raises(SystemExit) as error:
-            run_lesson(lessons[number], tmp_path, "--resume", path, flag, value)
-        assert error.value.code == 2 and flag in capsys.readouterr().err
+            resume(lessons[number], tmp_path, *words, flag, value)
+        key = flag.removeprefix("--").replace("-", "_")
+        message = capsys.readouterr().err
+        assert error.value.code == 2 and f"{flag}, here {good['hyperparameters'][key]}" in message
+    if number != "03":  # the schedules depend on the number of epochs
+        with pytest.raises(SystemExit):
+            resume(lessons[number], tmp_path, *words, "--epochs", 3)
+        assert "--epochs, here 1" in capsys.readouterr().err
     elsewhere = {"03": "04", "04": "05", "05": "04"}[number]
-    path = finished(elsewhere).artifacts / "checkpoints" / lessons[elsewhere].LESSON / "latest_checkpoint.pth"
+    words, _ = offer(number, load(latest_of(finished, elsewhere)), tmp_path / "y")
     with pytest.raises(SystemExit) as error:
-        run_lesson(lessons[number], tmp_path, "--resume", path)
+        resume(lessons[number], tmp_path, *words)
     assert error.value.code == 2 and lessons[elsewhere].LESSON in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", ["03", "04", "05"])
-def test_random_states_come_back(lessons, number):
-    shuffle = torch.Generator().manual_seed(5)
+def test_a_checkpoint_holds_the_state_of_all_that_is_random(lessons, tmp_path, monkeypatch, number):
+    """What would be drawn after the last epoch is drawn after loading it, too."""
+    lesson, draws, saved = lessons[number], [], lessons[number].save_checkpoint
 
-    def draw():
-        return (
-            random.random(),
-            np.random.rand(),
-            torch.rand(1).item(),
-            torch.rand(1, generator=shuffle).item(),
-        )
+    def draw(generator):
+        return torch.rand(3, generator=generator.clone_state()).tolist()
 
-    states = copy.deepcopy(lessons[number].get_random_states(shuffle))
-    first, second = draw(), draw()
-    lessons[number].set_random_states(states, shuffle)
-    assert (draw(), draw()) == (first, second)
-    assert all(a != b for a, b in zip(first, second, strict=True))
+    def save_and_draw(checkpoint, path):
+        saved(checkpoint, path)
+        states = [torch.Generator().set_state(state) for state in checkpoint["random_states"][:2]]
+        assert draw(states[1]) == draw(torch.default_generator)
+        draws.append(tuple(map(tuple, map(draw, states))))
+
+    monkeypatch.setattr(lesson, "save_checkpoint", save_and_draw)
+    arms = ["--schedulers", "Constant"] if number == "04" else []
+    run_lesson(lesson, tmp_path, *FLAGS, "--subset", 32, "--epochs", 2, *arms)
+    assert len({order for order, _ in draws}) == 3, "before the first epoch, after it, and after the second"
 
 
 def test_03_predicts_a_picture_and_trains_nothing(finished, lessons, tmp_path, capsys):
@@ -288,15 +516,20 @@ def test_03_probabilities_are_softmax_of_eval_mode_logits(lessons):
     lesson = lessons["03"]
     model = lesson.SimpleCNN(dropout=0.5).train()
     images = torch.randint(0, 256, (5, 32, 32, 3), dtype=torch.uint8)
-    probabilities = lesson.predict(model, images, "cpu")
-    expected = torch.softmax(copy.deepcopy(model).eval()(lesson.to_input(images, "cpu")), dim=1)
+    probabilities = lesson.predict(model, images, CPU)
+    expected = torch.softmax(copy.deepcopy(model).eval()(lesson.to_input(images, CPU)), dim=1)
     assert torch.allclose(probabilities, expected) and torch.allclose(probabilities.sum(dim=1), torch.ones(5))
     words = lesson.describe(torch.tensor([0.1, 0.6, 0.3]), ["cat", "dog", "frog"])
     assert words == "dog 60.0 %, frog 30.0 %, cat 10.0 %"
 
 
-def test_checkpoints_of_every_lesson_load_into_a_new_network(finished, lessons):
-    for number in ["03", "04", "05", "06"]:
-        for path in finished(number).artifacts.glob("checkpoints/**/*.pth"):
-            checkpoint, model = lessons[number].load_checkpoint(path)
-            assert all(torch.equal(model.state_dict()[k], v) for k, v in checkpoint["model"].items())
+@pytest.mark.parametrize("number", ["03", "04", "05", "06"])
+def test_checkpoints_of_every_lesson_load_into_a_new_network(finished, lessons, number):
+    paths = list(finished(number).artifacts.glob("checkpoints/**/*.pth"))
+    assert len(paths) == {"03": 2, "04": 12, "05": 6, "06": 1}[number]
+    for path in paths:
+        model = lessons[number].SimpleCNN()
+        checkpoint = lessons[number].load_checkpoint(path, {"model": model})
+        assert checkpoint["model"] and all(
+            torch.equal(model.state_dict()[k], v) for k, v in checkpoint["model"].items()
+        )

@@ -2,10 +2,14 @@
 
 import copy
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_lesson
+from common import read_scalars
+from conftest import CPU, run_lesson
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,7 +36,7 @@ def make(lesson, dropout=0.0):
 def test_input_is_normalized_and_channels_last(lessons, number):
     pixels = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     pixels[0, 5, 6] = torch.tensor([255, 51, 0])
-    inputs = lessons[number].to_input(pixels, "cpu")
+    inputs = lessons[number].to_input(pixels, CPU)
     assert inputs.shape == (2, 3, 32, 32) and inputs.dtype == torch.float32
     expected = [(1 - 0.4914) / 0.2470, (0.2 - 0.4822) / 0.2435, -0.4465 / 0.2616]
     assert torch.allclose(inputs[0, :, 5, 6], torch.tensor(expected), atol=1e-5)
@@ -64,13 +68,11 @@ def test_training_loss_and_accuracy_are_weighted_by_images(lessons, images, numb
     total, correct = 0.0, 0
     for first, last in [(0, 8), (8, 16), (16, 20)]:
         pixels, labels = images[first:last]
-        logits = reference(lessons[number].to_input(pixels, "cpu"))
+        logits = reference(lessons[number].to_input(pixels, CPU))
         total += loss_fn(logits, labels).item() * (last - first)
         correct += (logits.argmax(dim=1) == labels).sum().item()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # no learning, so that the reference holds
-    loss, accuracy = lessons[number].train_one_epoch(
-        model, DataLoader(images, 8), loss_fn, optimizer, "cpu", 1
-    )
+    loss, accuracy = lessons[number].train_one_epoch(model, DataLoader(images, 8), loss_fn, optimizer, CPU, 1)
     assert loss == pytest.approx(total / 20, abs=1e-5) and accuracy == pytest.approx(100 * correct / 20)
 
 
@@ -78,35 +80,28 @@ def test_training_loss_and_accuracy_are_weighted_by_images(lessons, images, numb
 def test_evaluation_does_not_depend_on_the_batch_size_and_changes_nothing(lessons, images, number):
     model, loss_fn = make(lessons[number], dropout=0.5), nn.CrossEntropyLoss()
     before = copy.deepcopy(model.state_dict())
-    results = [
-        lessons[number].evaluate(model, DataLoader(images, size), loss_fn, "cpu") for size in [20, 8, 3]
-    ]
+    results = [lessons[number].evaluate(model, DataLoader(images, size), CPU) for size in [20, 8, 3]]
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-5) == pytest.approx(results[2][0], abs=1e-5)
     assert results[0][1] == pytest.approx(results[1][1]) == pytest.approx(results[2][1])
-    logits = model.eval()(lessons[number].to_input(images[:][0], "cpu"))
+    logits = model.eval()(lessons[number].to_input(images[:][0], CPU))
     assert results[0][0] == pytest.approx(loss_fn(logits, images[:][1]).item(), abs=1e-5)
     assert all(torch.equal(before[name], weights) for name, weights in model.state_dict().items())
 
 
-@pytest.mark.parametrize("number", WITH_VALIDATION)
-def test_modes_and_gradients_are_right_in_every_epoch(lessons, images, number):
-    model = make(lessons[number])
-    seen = []
-    model.register_forward_hook(lambda module, *_: seen.append((module.training, torch.is_grad_enabled())))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    train_loader, val_loader = DataLoader(images, 8), DataLoader(images, 20)
-    for _ in range(2):
-        lessons[number].run_epoch(model, train_loader, val_loader, nn.CrossEntropyLoss(), optimizer, "cpu", 1)
-    assert seen == [(True, True)] * 3 + [(False, False)] + [(True, True)] * 3 + [(False, False)]
+@pytest.mark.parametrize("number", NUMBERS)
+def test_modes_and_gradients_are_right_in_every_epoch(lessons, tmp_path, monkeypatch, number):
+    """Seen at the network while main() runs: 2 batches of training in train mode, 1 of validation in eval mode."""
+    seen, forward = [], lessons[number].SimpleCNN.forward
 
+    def spy(self, x):
+        seen.append((len(x), self.training, torch.is_grad_enabled()))
+        return forward(self, x)
 
-def test_01_trains_in_train_mode_after_its_look_at_the_first_loss(lessons, images):
-    model = make(lessons["01"]).eval()
-    seen = []
-    model.register_forward_hook(lambda module, *_: seen.append(module.training))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    lessons["01"].train_one_epoch(model, DataLoader(images, 8), nn.CrossEntropyLoss(), optimizer, "cpu", 1)
-    assert seen == [True] * 3
+    monkeypatch.setattr(lessons[number].SimpleCNN, "forward", spy)
+    arms = ["--schedulers", "StepLR"] if number == "04" else []
+    run_lesson(lessons[number], tmp_path, "--epochs", 2, "--subset", 48, "--batch-size", 32, *arms)
+    epoch = [(32, True, True), (16, True, True)] + ([(48, False, False)] if number != "01" else [])
+    assert seen[: 2 * len(epoch)] == epoch * 2
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -117,13 +112,13 @@ def test_one_epoch_takes_the_steps_of_plain_sgd(lessons, images, number):
     for first, last in [(0, 8), (8, 16), (16, 20)]:
         pixels, labels = images[first:last]
         gradients = torch.autograd.grad(
-            loss_fn(reference(lessons[number].to_input(pixels, "cpu")), labels), list(reference.parameters())
+            loss_fn(reference(lessons[number].to_input(pixels, CPU)), labels), list(reference.parameters())
         )
         with torch.no_grad():
             for weights, gradient in zip(reference.parameters(), gradients, strict=True):
                 weights -= 0.01 * gradient
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    lessons[number].train_one_epoch(model, DataLoader(images, 8), loss_fn, optimizer, "cpu", 1)
+    lessons[number].train_one_epoch(model, DataLoader(images, 8), loss_fn, optimizer, CPU, 1)
     for weights, expected in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(weights, expected, atol=1e-6)
 
@@ -132,14 +127,16 @@ def test_one_epoch_takes_the_steps_of_plain_sgd(lessons, images, number):
 def test_batches_come_in_a_new_order_every_epoch_by_the_seed_alone(lessons, tmp_path, monkeypatch, number):
     orders = []
 
-    def spy(model, loader, *_):
-        orders.append(torch.cat([images.flatten(1).sum(dim=1) for images, _ in loader]).tolist())
-        return 1.0, 50.0
+    train_one_epoch = lessons[number].train_one_epoch
+
+    def spy(model, loader, *args):
+        order = torch.Generator()
+        order.set_state(loader.generator.get_state())  # look at the order without using it up
+        batches = DataLoader(loader.dataset, loader.batch_size, shuffle=True, generator=order)
+        orders.append(torch.cat([images.flatten(1).sum(dim=1) for images, _ in batches]).tolist())
+        return train_one_epoch(model, loader, *args)
 
     monkeypatch.setattr(lessons[number], "train_one_epoch", spy)
-    monkeypatch.setattr(
-        torch.optim.lr_scheduler.LRScheduler, "step", lambda self, *_: None
-    )  # nothing was trained
     for seed in [1, 1, 2]:
         run_lesson(
             lessons[number], tmp_path / str(len(orders)), "--epochs", 2, "--seed", seed, "--subset", 64
@@ -158,7 +155,7 @@ def test_the_network_can_learn_64_images_by_heart(lessons, number):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for _ in range(30):
         loss, accuracy = lessons[number].train_one_epoch(
-            model, loader, nn.CrossEntropyLoss(), optimizer, "cpu", 1
+            model, loader, nn.CrossEntropyLoss(), optimizer, CPU, 1
         )
     assert accuracy == 100 and loss < 0.1
 
@@ -179,21 +176,23 @@ def test_loss_function_gets_logits(lessons, images, number):
 
     model = make(lessons[number])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    lessons[number].train_one_epoch(model, DataLoader(images, 8), check, optimizer, "cpu", 1)
+    lessons[number].train_one_epoch(model, DataLoader(images, 8), check, optimizer, CPU, 1)
 
 
 def test_02_modes_are_shown_on_a_copy(lessons, images, capsys):
     model = make(lessons["02"])
     before = copy.deepcopy(model.state_dict())
-    lessons["02"].show_modes(model, images[:][0], "cpu")
+    lessons["02"].show_modes(model, images[:][0], CPU)
     assert all(torch.equal(before[name], weights) for name, weights in model.state_dict().items())
     assert model.dropout.p == 0.0
 
 
 def rows(*figures):
     """Return a history from tuples of training accuracy, validation accuracy, training loss, validation loss."""
-    names = ["train_accuracy", "val_accuracy", "train_loss", "val_loss"]
-    return [dict(zip(names, row, strict=True)) for row in figures]
+    return [
+        {"Overfitting/accuracy_gap": train - val, "Loss/train": train_loss, "Loss/val": val_loss}
+        for train, val, train_loss, val_loss in figures
+    ]
 
 
 def test_02_finds_the_epoch_in_which_overfitting_sets_in(lessons):
@@ -229,11 +228,11 @@ def test_nothing_in_the_loops_waits_for_a_gpu(lessons, images, number, monkeypat
     model, loss_fn = make(lessons[number]), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     counts = []
-    for batch_size in [20, 2]:
+    for batch_size in [5, 1]:  # 4 batches, and 20
         reads.clear()
-        lessons[number].train_one_epoch(model, DataLoader(images, batch_size), loss_fn, optimizer, "cpu", 1)
+        lessons[number].train_one_epoch(model, DataLoader(images, batch_size), loss_fn, optimizer, CPU, 1)
         if number != "01":
-            lessons[number].evaluate(model, DataLoader(images, batch_size), loss_fn, "cpu")
+            lessons[number].evaluate(model, DataLoader(images, batch_size), CPU)
         counts.append(len(reads))
     assert counts[0] == counts[1] > 0
 
@@ -256,8 +255,167 @@ def test_batches_come_from_pinned_memory_for_cuda_only(lessons, number, device, 
         raise GoesToDevice
 
     monkeypatch.setattr(lesson, "DataLoader", Loader)
-    monkeypatch.setattr(lesson, "existing_device", torch.device)
+    parse_args = lesson.parse_args
+
+    def parse(*args):  # a device that this machine need not have
+        parsed = parse_args(*args)
+        parsed.device = torch.device(device)
+        return parsed
+
+    monkeypatch.setattr(lesson, "parse_args", parse)
     monkeypatch.setattr(lesson.SimpleCNN, "to", to)
     with pytest.raises(GoesToDevice):
-        run_lesson(lesson, tmp_path, "--device", device)
+        run_lesson(lesson, tmp_path)
     assert pinned == [device == "cuda"] * (1 if number == "01" else 2)
+
+
+class Anywhere(torch.Tensor):
+    """A tensor that goes to any device by staying here, and notes how it was asked to."""
+
+    asked = []
+
+    def to(self, device, non_blocking=False):
+        Anywhere.asked.append(non_blocking)
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_a_macs_gpu_gets_contiguous_images_and_only_cuda_copies_that_nobody_waits_for(
+    lessons, monkeypatch, number, kind
+):
+    """A stand-in takes the place of the device."""
+    lesson = lessons[number]
+    for constant in ["MEAN", "STD"]:
+        monkeypatch.setattr(lesson, constant, getattr(lesson, constant).as_subclass(Anywhere))
+    monkeypatch.setattr(Anywhere, "asked", [])
+    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8).as_subclass(Anywhere)
+    inputs = lesson.to_input(images, SimpleNamespace(type=kind))
+    assert inputs.is_contiguous() == (kind == "mps")
+    assert inputs.is_contiguous(memory_format=torch.channels_last) == (kind != "mps")
+    assert Anywhere.asked[0] == (kind == "cuda") and not any(Anywhere.asked[1:])
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_main_trains_by_the_flags(lessons, tmp_path, monkeypatch, number):
+    """Batch size, rate, momentum, epochs and the network's size, as the optimizer and the loader see them."""
+    lesson, seen = lessons[number], []
+    train_one_epoch = lesson.train_one_epoch
+
+    def spy(model, loader, loss_fn, optimizer, device, *args):
+        group = optimizer.param_groups[0]
+        seen.append((loader.batch_size, len(loader.dataset), group["lr"], group["momentum"], device, loss_fn))
+        assert {id(p) for p in model.parameters()} == {id(p) for p in group["params"]}
+        return train_one_epoch(model, loader, loss_fn, optimizer, device, *args)
+
+    monkeypatch.setattr(lesson, "train_one_epoch", spy)
+    arms = ["--schedulers", "Constant"] if number == "04" else []
+    run_lesson(lesson, tmp_path, "--epochs", 1, "--batch-size", 24, "--lr", 0.03, "--subset", 40, *arms)
+    assert len(seen) == (3 if number == "05" else 1)
+    smoothing = 0.1 if number in ["05", "06"] else 0.0
+    for batch_size, images, lr, momentum, device, loss_fn in seen:
+        assert (batch_size, images, lr, momentum, device) == (24, 40, 0.03, 0.9, CPU)
+        assert isinstance(loss_fn, nn.CrossEntropyLoss) and loss_fn.label_smoothing == smoothing
+
+
+@pytest.mark.parametrize("number", WITH_VALIDATION)
+def test_printed_and_written_validation_figures_are_those_of_the_validation_images(
+    lessons, tmp_path, monkeypatch, number
+):
+    """Loss and accuracy are worked out again, from the network as it is after each epoch, on the split's images.
+
+    The loss is the plain cross-entropy in every lesson, so that it compares with those of all others.
+    """
+    lesson, expected = lessons[number], []
+    train_one_epoch = lesson.train_one_epoch
+    images, labels, *_ = lesson.load_data("digits", tmp_path, train=True)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(3))
+    chosen = order[len(order) * 4 // 5 :][:70]
+
+    def spy(model, *args):
+        result = train_one_epoch(model, *args)
+        reference = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            logits = reference(lesson.to_input(images[chosen], CPU))
+        loss = nn.functional.cross_entropy(logits, labels[chosen]).item()
+        accuracy = 100 * (logits.argmax(dim=1) == labels[chosen]).double().mean().item()
+        expected.append((*result, loss, accuracy))
+        return result
+
+    monkeypatch.setattr(lesson, "train_one_epoch", spy)
+    arms = ["--schedulers", "Constant"] if number == "04" else []
+    output = run_lesson(lesson, tmp_path, "--epochs", 2, "--subset", 70, "--seed", 3, "--lr", 0.1, *arms)
+    printed = re.findall(
+        r"^Epoch .*train loss ([\d.]+), acc +([\d.]+) % \| val loss ([\d.]+), acc +([\d.]+) % \| lr [\d.]+ \| \d+ s$",
+        output,
+        flags=re.MULTILINE,
+    )
+    curves = [
+        read_scalars(events.parent)
+        for events in sorted(tmp_path.rglob("events*"), key=lambda path: path.stat().st_mtime_ns)
+    ]
+    curves = [curve for curve in curves if "Loss/val" in curve]
+    assert len(printed) == len(expected) == 2 * len(curves) > 0
+    for i, (row, figures) in enumerate(zip(printed, expected, strict=True)):
+        assert [float(value) for value in row[:4]] == pytest.approx(figures, abs=0.00501)
+        curve = curves[i // 2]
+        for name, value in zip(
+            ["Loss/train", "Accuracy/train", "Loss/val", "Accuracy/val"], figures, strict=True
+        ):
+            assert curve[name][i % 2] == (i % 2 + 1, pytest.approx(value, rel=1e-5)), name
+        gap = curve["Overfitting/accuracy_gap"][i % 2][1]
+        assert gap == pytest.approx(figures[1] - figures[3], abs=1e-4)
+    assert len({round(figures[2], 6) for figures in expected}) == len(expected), "first, last and best differ"
+
+
+def test_02_says_what_its_history_says(lessons, tmp_path, monkeypatch):
+    """Signs, verdict and best epoch of a made-up training whose first, last and best epochs differ."""
+    lesson = lessons["02"]
+    train = iter([(1.5, 50.0), (1.2, 62.0), (1.0, 75.0), (0.9, 77.0), (0.8, 78.0)])
+    val = iter([(1.4, 48.0), (1.1, 60.0), (1.2, 64.0), (1.3, 70.0), (1.4, 66.0)])
+    monkeypatch.setattr(lesson, "train_one_epoch", lambda *_: next(train))
+    monkeypatch.setattr(lesson, "evaluate", lambda *_: next(val))
+    lines = run_lesson(lesson, tmp_path, "--epochs", 5).splitlines()
+    signs = [line for line in lines if line.startswith("Sign of overfitting")]
+    assert re.search(r"epoch 3: training accuracy is more than 10 points above", signs[0])
+    assert re.search(r"epoch 5: validation loss has risen for 3 epochs", signs[1]) and len(signs) == 2
+    assert "Verdict: overfitting." in lines
+    assert "Best validation accuracy on digits: 70.00 % in epoch 4." in lines
+    calm = iter([(1.5, 50.0), (1.4, 51.0)] * 2)
+    monkeypatch.setattr(lesson, "train_one_epoch", lambda *_: next(calm))
+    monkeypatch.setattr(lesson, "evaluate", lambda *_: next(calm))
+    assert "Verdict: no sign of overfitting in 2 epochs." in run_lesson(lesson, tmp_path, "--epochs", 2)
+
+
+def test_01_prints_and_draws_the_losses_of_its_epochs(lessons, tmp_path, monkeypatch):
+    lesson, drawn = lessons["01"], []
+    results = iter([(2.25, 11.5), (1.75, 33.25), (1.5, 44.0)])
+    monkeypatch.setattr(lesson, "train_one_epoch", lambda *_: next(results))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append((figure.axes[0], path)))
+    output = run_lesson(lesson, tmp_path, "--epochs", 3)
+    for i, (loss, accuracy) in enumerate(
+        [("2.2500", "11.50"), ("1.7500", "33.25"), ("1.5000", "44.00")], start=1
+    ):
+        assert f"Epoch  {i}/3 | train loss {loss}, acc {accuracy} % | 0 s" in output
+    [(ax, path)] = drawn
+    assert ax.lines[0].get_xydata().tolist() == [[1, 2.25], [2, 1.75], [3, 1.5]]
+    assert "digits" in ax.get_title() and "loss" in ax.get_ylabel() and ax.get_xlabel() == "epoch"
+    assert path == tmp_path / "artifacts" / "01_basic_training.png" and str(path) in output
+
+
+def test_01_shows_the_loss_of_the_batch(lessons, images, capsys):
+    """The first is near ln 10 = 2.303; after that every hundredth, and the last one."""
+    model, losses = make(lessons["01"]), []
+
+    def loss_fn(logits, labels):
+        losses.append(nn.functional.cross_entropy(logits, labels))
+        return losses[-1]
+
+    loader = DataLoader(
+        TensorDataset(images[:][0].repeat(11, 1, 1, 1)[:210], images[:][1].repeat(11)[:210]), 2
+    )
+    lessons["01"].train_one_epoch(model, loader, loss_fn, torch.optim.SGD(model.parameters(), 0.001), CPU, 1)
+    printed = re.findall(r"batch +(\d+)/105  loss ([\d.]+)", capsys.readouterr().out)
+    assert [int(batch) for batch, _ in printed] == [1, 101, 105]
+    for batch, loss in printed:
+        assert float(loss) == pytest.approx(losses[int(batch) - 1].item(), abs=0.0001)

@@ -1,13 +1,17 @@
-"""What the benchmarks share: a lesson as a module, the curves of a run, and a description of the machine."""
+"""What the benchmarks share: a lesson as a module, the curves of a run, timing, the name of the machine."""
 
+import argparse
 import importlib.util
 import os
 import platform
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder that holds src/, docs/ and artifacts/
 LESSONS = ROOT / "src" / "experiments" / "model_train"
@@ -26,25 +30,52 @@ def read_scalars(run_dir):
     """Return the curves of one TensorBoard run: {tag: [(step, value), ...]}."""
     events = EventAccumulator(str(run_dir))
     events.Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
+    tags = events.Tags()["scalars"]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def whole_number(text):
+    """Let argparse read a whole number from 1 to 50,000, the number of training images in CIFAR-10."""
+    if not 1 <= int(text) <= 50_000:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 50,000")
+    return int(text)
+
+
+def measure(tasks, rounds):
+    """Time all tasks in turn. tasks: {name: function}. Returns seconds as {name: array (rounds,)}."""
+    seconds = {name: [] for name in tasks}
+    with tqdm(total=(rounds + 1) * len(tasks), desc="warming up", disable=None) as progress:
+        for number in range(rounds + 1):
+            for name, task in tasks.items():
+                start = time.perf_counter()
+                task()
+                if number > 0:  # round 0 starts workers and fills caches
+                    seconds[name].append(time.perf_counter() - start)
+                progress.update()
+            progress.set_description(f"round {number} of {rounds}")
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def spread(values):
+    """Return median, least and greatest of an array as a dict of plain numbers."""
+    return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
+
+
+def in_words(figures, digits):
+    """Return a dict from spread() as text."""
+    return f"{figures['median']:,.{digits}f} ({figures['min']:,.{digits}f} to {figures['max']:,.{digits}f})"
 
 
 def describe_machine():
-    """Return what the figures depend on, in words and plain numbers: processor, cores, memory, versions."""
+    """Return what the figures depend on, in words and plain numbers: processor, cores, versions."""
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():  # Linux knows the name of the processor, but Python does not ask there
-        names = [
-            line.split(":")[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = lines[0].split(":")[1].strip() if lines else processor
     return {
         "processor": processor or platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),  # the widest that PyTorch uses here: AVX2, AVX512, ...
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # the widest PyTorch uses here: AVX2, ...
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),

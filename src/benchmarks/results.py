@@ -3,10 +3,10 @@
     python src/benchmarks/results.py               # everything that is not in docs/results.json yet: hours
     python src/benchmarks/results.py --lessons 02  # this lesson only
 
-Every finished run is added to the file at once, so the command can be stopped at any time and started again: what is
-in the file is not run again, and a lesson that saves checkpoints goes on after its last epoch. To repeat a run, delete
-its entry. Nothing else should run on the machine meanwhile, because times are measured too; if something must, say
---untimed.
+Every finished run is added to the file at once, so the command can be stopped at any time and started again:
+what is in the file is not run again, and a lesson that saves checkpoints goes on after its last epoch. To
+repeat a run, delete its entry. Nothing else should run on the machine meanwhile, because times are measured
+too; if something must, say --untimed.
 
 src/benchmarks/tables.py writes the figures into the guides.
 """
@@ -25,14 +25,8 @@ from common import LESSONS, ROOT, describe_machine, read_scalars
 from tqdm import tqdm
 
 RESULTS = ROOT / "docs" / "results.json"
-SEEDS = {
-    "01": 1,
-    "02": 3,
-    "03": 1,
-    "04": 3,
-    "05": 3,
-    "06": 3,
-}  # how many; lesson 03 trains exactly as lesson 02
+# How many seeds of each lesson; lesson 03 trains exactly as lesson 02
+SEEDS = {"01": 1, "02": 3, "03": 1, "04": 3, "05": 3, "06": 3}
 
 
 def collect(number, folder):
@@ -42,32 +36,37 @@ def collect(number, folder):
     """
     output = (folder / "output.txt").read_text(encoding="utf-8")
     if number == "01":  # prints its figures, and writes no others
-        return {"": {"train_accuracy": float(re.findall(r"train loss .* accuracy +([\d.]+) %", output)[-1])}}
+        return {"": {"train_accuracy": float(re.findall(r"train loss .*acc +([\d.]+) %", output)[-1])}}
     arms = {}
-    lesson_dir = next((folder / "tensor_board").iterdir())
-    for event_file in sorted(lesson_dir.rglob("events.out.tfevents.*")):
-        curves = read_scalars(event_file.parent)
-        arm = event_file.parent.parent.name if number in ["04", "05"] else ""
-        accuracy = [value for _, value in curves["Accuracy/val"]]
-        arms[arm] = {
-            "val_accuracy": max(accuracy),
-            "best_epoch": accuracy.index(max(accuracy)) + 1,
-            "epochs": len(accuracy),
+    for run_dir in sorted({path.parent for path in (folder / "tensor_board").rglob("events.out.tfevents.*")}):
+        curves = read_scalars(run_dir)
+        if "Accuracy/val" not in curves:  # no training: the pictures of lessons 04 to 06, and 06's evaluation
+            continue
+        # As in the lessons, the first is the best of equal ones.
+        best_epoch, val_accuracy = max(curves["Accuracy/val"], key=lambda point: point[1])
+        arms[run_dir.name if number in ["04", "05"] else ""] = {
+            "val_accuracy": val_accuracy,
+            "best_epoch": best_epoch,
+            "epochs": len(curves["Accuracy/val"]),
             "gap": curves["Overfitting/accuracy_gap"][-1][1],
         }
-        if number == "06":
-            del arms[arm][
-                "gap"
-            ]  # its training images are augmented, so they are harder than the validation images
-            report = json.loads((folder / "artifacts" / "evaluation_report.json").read_text(encoding="utf-8"))
-            arms[arm]["test_accuracy"] = 100 * report["accuracy"]
-            arms[arm]["top_3_accuracy"] = 100 * report["top_k"]["3"]
-            arms[arm]["mean_confidence"] = 100 * report["mean_confidence"]
-            arms[arm]["calibration_error"] = 100 * report["expected_calibration_error"]
-    if number == "05":  # of the best model, and on images as they are: see print_analysis() in the lesson
+    if number == "05":  # of the best model, and on images as they are: see measure_gaps() in the lesson
         for arm, gap in re.findall(r"  (\w+): training .*\n +gap (-?[\d.]+) points", output):
             arms[arm]["gap"] = float(gap)
+    if number == "06":
+        del arms[""]["gap"]  # its training images are augmented, so harder than the validation images
+        report = json.loads((folder / "artifacts" / "evaluation_report.json").read_text(encoding="utf-8"))
+        arms[""]["test_accuracy"] = 100 * report["accuracy"]
+        arms[""]["top_3_accuracy"] = 100 * report["top_k"]["3"]
+        arms[""]["mean_confidence"] = 100 * report["mean_confidence"]
+        arms[""]["calibration_error"] = 100 * report["expected_calibration_error"]
     return arms
+
+
+def can_resume(lesson, folder):
+    """Return whether a run of the lesson, "01_basic_training" and so on, left a checkpoint in its folder."""
+    checkpoints = folder / "artifacts" / "checkpoints" / lesson
+    return any(checkpoints.rglob("latest_checkpoint.pth"))  # <run>/ in lesson 03, <run>/<arm>/ in 04 and 05
 
 
 def run(number, seed, args):
@@ -77,7 +76,7 @@ def run(number, seed, args):
     flags = ["--seed", str(seed), "--output-dir", str(folder), "--data", "cifar10"]
     if args.data_dir:
         flags += ["--data-dir", str(args.data_dir)]
-    resumed = (folder / "artifacts" / "checkpoints" / lesson.stem / "latest_checkpoint.pth").exists()
+    resumed = can_resume(lesson.stem, folder)
     if resumed:
         flags += ["--resume"]
     elif folder.exists():
@@ -97,13 +96,12 @@ def run(number, seed, args):
     seconds = time.perf_counter() - start
     if process.returncode != 0:
         sys.exit(f"{lesson.name} failed: see {folder / 'output.txt'}.")
+    timed = not (resumed or args.untimed)  # of a resumed run only a part was timed
     return {
         "lesson": number,
         "seed": seed,
         "data": args.data_name,
-        "seconds": None
-        if resumed or args.untimed
-        else round(seconds, 1),  # of a resumed run only a part was timed
+        "seconds": round(seconds, 1) if timed else None,
         "peak_memory_bytes": peak_memory,
         "machine": describe_machine(),
         "arms": collect(number, folder),
@@ -132,9 +130,8 @@ def build_parser():
     add("--first-seed", type=int, default=42, help="the seeds are this one and those that follow")
     add("--data-dir", type=Path, help="folder of CIFAR-10; the lessons' own default if it is not given")
     add("--data-name", default="CIFAR-10", help="what the tables call the data")
-    add(
-        "--work-dir", type=Path, default=ROOT / "artifacts" / "results", help="folder for what the runs write"
-    )
+    work_dir = ROOT / "artifacts" / "results"
+    add("--work-dir", type=Path, default=work_dir, help="folder for what the runs write")
     add("--untimed", action="store_true", help="keep no times, because the machine has other things to do")
     add("--launcher", type=Path, help="a Python script that runs the lesson and the flags given to it")
     return parser
@@ -144,8 +141,9 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     results = load_results()
     done = {(entry["lesson"], entry["seed"]) for entry in results}
-    # The first seed of every lesson comes before the second of any, so that there is soon something to look at.
-    wanted = [(number, args.first_seed + i) for i in range(3) for number in args.lessons if i < SEEDS[number]]
+    # The first seed of every lesson comes before the second of any: soon there is something to look at.
+    rounds = range(max(SEEDS.values()))
+    wanted = [(number, args.first_seed + i) for i in rounds for number in args.lessons if i < SEEDS[number]]
     for number, seed in tqdm([pair for pair in wanted if pair not in done], unit="run"):
         results.append(run(number, seed, args))
         save_results(results)

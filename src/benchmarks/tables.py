@@ -2,9 +2,9 @@
 
     python src/benchmarks/tables.py
 
-The figures come from docs/results.json (results.py), docs/throughput.json (throughput.py) and docs/group_size.json
-(group_size.py). A table stands between <!-- table: NAME --> and <!-- end of table -->; of the table of lessons only the
-last two columns are written here.
+The figures come from docs/results.json (results.py), docs/throughput.json (throughput.py) and
+docs/group_size.json (group_size.py). A table stands between <!-- table: NAME --> and <!-- end of table -->;
+of the table of lessons only the last two columns are written here.
 """
 
 import json
@@ -69,11 +69,10 @@ def pick(results, number):
 
 
 def headline(entries, say):
-    """Return the accuracy that stands for a lesson, as text: that of its best arm, on the images it is judged by."""
+    """Return the accuracy that stands for a lesson, as text: its best arm's, where it is judged."""
     split = {"01": "train", "06": "test"}.get(entries[0]["lesson"], "val")
-    by_arm = {
-        arm: [entry["arms"][arm][f"{split}_accuracy"] for entry in entries] for arm in entries[0]["arms"]
-    }
+    key = f"{split}_accuracy"
+    by_arm = {arm: [entry["arms"][arm][key] for entry in entries] for arm in entries[0]["arms"]}
     best = max(by_arm, key=lambda arm: statistics.mean(by_arm[arm]))
     split_name = {"train": "training", "val": "validation", "test": "test"}[split]
     text = say(f"{{}} % on {split_name} images").format(mean_and_spread(by_arm[best], 1))
@@ -90,15 +89,14 @@ def duration(entries, say):
 
 
 def fill_lessons(text, results, say):
-    """Write time and accuracy into the last two columns of the table of lessons, whose rows begin with | `0N_..."""
+    """Write time and accuracy into the table of lessons: the last two columns of rows that begin with 0N_."""
 
     def fill(row):
         entries = pick(results, row["number"])
         return f"{row['rest']}| {duration(entries, say)} | {headline(entries, say)} |" if entries else row[0]
 
-    return re.sub(
-        r"^(?P<rest>\| `?\[?`?(?P<number>0\d)_.*?)\|[^|\n]*\|[^|\n]*\|$", fill, text, flags=re.MULTILINE
-    )
+    row = r"^(?P<rest>\| `?\[?`?(?P<number>0\d)_.*?)\|[^|\n]*\|[^|\n]*\|$"
+    return re.sub(row, fill, text, flags=re.MULTILINE)
 
 
 def runs_table(results, say):
@@ -123,7 +121,7 @@ def runs_table(results, say):
 
 
 def arms_table(results, number, say):
-    """Return the table of a lesson's arms, the best first. A difference inside its own spread is called a tie.
+    """Return the table of a lesson's arms, the best first. A difference inside its own spread is a tie.
 
     Arms of one seed share their first weights and their batches, so the differences are taken seed by seed.
     """
@@ -145,26 +143,20 @@ def arms_table(results, number, say):
 
 def throughput_table(report, say):
     """Return the table of images per second, and of what share of the arithmetic limit that is."""
-    rows = [
-        [
-            name,
-            f"{figures['median']:,.0f} ({figures['min']:,.0f} - {figures['max']:,.0f})",
-            f"{share['median']:.2f}",
-        ]
-        for (name, figures), share in zip(
-            report["images_per_second"].items(), report["share_of_arithmetic_limit"].values(), strict=True
-        )
-    ]
+    rows = []
+    for name, figures in report["images_per_second"].items():
+        rate = f"{figures['median']:,.0f} ({figures['min']:,.0f} - {figures['max']:,.0f})"
+        rows.append([name, rate, f"{report['share_of_arithmetic_limit'][name]['median']:.2f}"])
     return table(["", say("images per second"), say("share of the arithmetic limit")], rows)
 
 
 def ratios_table(report, say):
     """Return the table of what throughput.py compares."""
-    ratios = report["ratios"] | {
-        f"time for an image: of {int(size):,} / of 2,000": figures
-        for size, figures in report["time_per_image_by_size"].items()
-        if size != "2000"
-    }
+    ratios = dict(report["ratios"])
+    first, *others = report["time_per_image_by_size"]
+    for size in others:
+        name = f"time for an image: of {int(size):,} / of {int(first):,}"
+        ratios[name] = report["time_per_image_by_size"][size]
     rows = [
         [name, f"{figures['median']:.2f} ({figures['min']:.2f} - {figures['max']:.2f})"]
         for name, figures in ratios.items()
@@ -174,15 +166,11 @@ def ratios_table(report, say):
 
 def group_size_table(report, say):
     """Return the table of accuracy by group size."""
-    rows = [
-        [
-            size,
-            f"{statistics.mean(values):.2f} %",
-            f"{statistics.stdev(values) / len(values) ** 0.5:.2f}",
-            ", ".join(f"{value:.2f}" for value in values),
-        ]
-        for size, values in report["accuracy"].items()
-    ]
+    rows = []
+    for size, values in report["accuracy"].items():
+        error = statistics.stdev(values) / len(values) ** 0.5
+        every_seed = ", ".join(f"{value:.2f}" for value in values)
+        rows.append([size, f"{statistics.mean(values):.2f} %", f"{error:.2f}", every_seed])
     return table([say(word) for word in ["images in a group", "mean", "standard error", "every seed"]], rows)
 
 

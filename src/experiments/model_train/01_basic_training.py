@@ -184,7 +184,7 @@ def parse_args(argv):
     parser.add_argument("--output-dir", type=Path, default=ROOT, help="folder of artifacts/, tensor_board/")
     parser.add_argument("--subset", type=int, default=50_000, help="use only so many images of each split")
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size, args.lr, args.subset) <= 0:
+    if min(args.epochs, args.batch_size, args.subset) < 1 or not 0 < args.lr < math.inf:
         parser.error("--epochs, --batch-size, --lr and --subset must be above 0")
     try:
         args.device = torch.device(args.device)

@@ -145,6 +145,8 @@ def load_checkpoint(path, parts=None, generators=()):
         for key, kind in CHECKPOINT.items():
             if not isinstance(checkpoint[key], kind):
                 raise TypeError(key)
+        if not all(isinstance(row["Accuracy/val"], float) for row in checkpoint["history"]):
+            raise TypeError("history")
         for key, part in (parts or {}).items():
             part.load_state_dict(checkpoint[key])
         for number, generator in enumerate(generators):
@@ -220,7 +222,7 @@ def train(args, train_set, val_set, class_names, folder, resumed):
 def read_picture(path):
     """Read a picture file as uint8 (1, 32, 32, 3), its middle square scaled down. Exits if it cannot."""
     if not path.is_file():
-        sys.exit(f"There is no file {path}. Name a picture.")
+        sys.exit(f"Cannot read {path} as a picture: there is no such file.")
     try:
         picture = ImageOps.exif_transpose(Image.open(path))  # upright, as cameras note in the file
         if picture.mode.startswith("I;16"):  # 0 to 65,535: convert() would cut them off at 255
@@ -423,7 +425,7 @@ def parse_args(argv, resumed=None):
     for key, value in saved.items():
         if key != "epochs" and getattr(args, key) != value:
             parser.error(f"a resumed run keeps its --{key.replace('_', '-')}, here {value}: leave it out")
-    if min(args.epochs, args.batch_size, args.lr, args.subset) <= 0:
+    if min(args.epochs, args.batch_size, args.subset) < 1 or not 0 < args.lr < math.inf:
         parser.error("--epochs, --batch-size, --lr and --subset must be above 0")
     try:
         args.device = torch.device(args.device)

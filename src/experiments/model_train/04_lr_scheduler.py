@@ -148,6 +148,8 @@ def load_checkpoint(path, parts=None, generators=()):
         for key, kind in CHECKPOINT.items():
             if not isinstance(checkpoint[key], kind):
                 raise TypeError(key)
+        if not all(isinstance(row["Accuracy/val"], float) for row in checkpoint["history"]):
+            raise TypeError("history")
         for key, part in (parts or {}).items():
             part.load_state_dict(checkpoint[key])
         for number, generator in enumerate(generators):
@@ -303,9 +305,10 @@ def main(argv=None):
     checkpoints = args.output_dir / "artifacts" / "checkpoints" / LESSON
     folder = None
     if args.resume is not None:
-        newest = args.resume == "newest"
-        latest = find_newest(checkpoints if newest else Path(args.resume), "**/latest_checkpoint.pth")
-        args, folder = parse_args(argv, load_checkpoint(latest)), latest.parents[1]
+        folder = Path(args.resume)
+        if args.resume == "newest":
+            folder = find_newest(checkpoints, "*/*/latest_checkpoint.pth").parents[1]
+        args = parse_args(argv, load_checkpoint(find_newest(folder, "*/latest_checkpoint.pth")))
 
     images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
@@ -322,6 +325,7 @@ def main(argv=None):
 
     # NEW in 04: pictures and ranking
     artifacts = args.output_dir / "artifacts"
+    artifacts.mkdir(parents=True, exist_ok=True)
     figures = plot_arms(histories, len(val_set), args.data)
     with SummaryWriter(args.output_dir / "tensor_board" / LESSON / folder.name) as writer:
         for name, figure in figures.items():
@@ -459,7 +463,7 @@ def parse_args(argv, resumed=None):
     for key, value in saved.items():
         if getattr(args, key) != value:
             parser.error(f"a resumed run keeps its --{key.replace('_', '-')}, here {value}: leave it out")
-    if min(args.epochs, args.batch_size, args.lr, args.subset) <= 0:
+    if min(args.epochs, args.batch_size, args.subset) < 1 or not 0 < args.lr < math.inf:
         parser.error("--epochs, --batch-size, --lr and --subset must be above 0")
     try:
         args.device = torch.device(args.device)

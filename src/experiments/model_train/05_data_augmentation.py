@@ -150,6 +150,8 @@ def load_checkpoint(path, parts=None, generators=()):
         for key, kind in CHECKPOINT.items():
             if not isinstance(checkpoint[key], kind):
                 raise TypeError(key)
+        if not all(isinstance(row["Accuracy/val"], float) for row in checkpoint["history"]):
+            raise TypeError("history")
         for key, part in (parts or {}).items():
             part.load_state_dict(checkpoint[key])
         for number, generator in enumerate(generators):
@@ -186,9 +188,9 @@ def print_ranking(histories, images, data):
         print(f"  {name:30} {best[name]:5.2f} % in epoch {epoch:2d}{note}")
 
 
-# NEW in 05: what happens to the training images, in this order. Geometric transforms move pixels and keep the
-# label. Colour changes in 3 of 10 groups only, because hue costs more than all the rest. Erasing hides 2 to
-# 15 % of the image, so that no single detail decides.
+# NEW in 05: what happens to the training images
+# In this order. Geometric transforms move pixels and keep the label. Colour changes in 3 of 10 groups only,
+# because hue costs more than all the rest. Erasing hides 2 to 15 % of the image: no single detail decides.
 AUGMENTATION = [
     v2.RandomHorizontalFlip(p=0.5),
     v2.RandomCrop(32, padding=4),
@@ -214,8 +216,8 @@ def make_augmentation(data, group_size):
     return augment
 
 
-# NEW in 05: the arms: with augmentation or not, and the share of values that dropout sets to 0. Dropout is in
-# an arm of its own, because on top of augmentation it costs a network this small accuracy.
+# NEW in 05: what is compared: augmentation or not, and the share of values that dropout sets to 0. Dropout is
+# in an arm of its own, because on top of augmentation it costs a network this small accuracy.
 ARMS = {
     "without_augmentation": (False, 0.0),
     "with_augmentation": (True, 0.0),
@@ -364,9 +366,10 @@ def main(argv=None):
     checkpoints = args.output_dir / "artifacts" / "checkpoints" / LESSON
     folder = None
     if args.resume is not None:
-        newest = args.resume == "newest"
-        latest = find_newest(checkpoints if newest else Path(args.resume), "**/latest_checkpoint.pth")
-        args, folder = parse_args(argv, load_checkpoint(latest)), latest.parents[1]
+        folder = Path(args.resume)
+        if args.resume == "newest":
+            folder = find_newest(checkpoints, "*/*/latest_checkpoint.pth").parents[1]
+        args = parse_args(argv, load_checkpoint(find_newest(folder, "*/latest_checkpoint.pth")))
 
     images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
@@ -381,6 +384,7 @@ def main(argv=None):
         raise KeyboardInterrupt(resume_hint(args, folder)) from None
 
     artifacts = args.output_dir / "artifacts"
+    artifacts.mkdir(parents=True, exist_ok=True)
     print_ranking(histories, len(val_set), args.data)
     gaps = measure_gaps(args, folder, histories, train_set)  # NEW in 05
     figures = {
@@ -521,7 +525,7 @@ def parse_args(argv, resumed=None):
     for key, value in saved.items():
         if getattr(args, key) != value:
             parser.error(f"a resumed run keeps its --{key.replace('_', '-')}, here {value}: leave it out")
-    if min(args.epochs, args.batch_size, args.lr, args.subset, args.group_size) <= 0:
+    if min(args.epochs, args.batch_size, args.subset, args.group_size) < 1 or not 0 < args.lr < math.inf:
         parser.error("--epochs, --batch-size, --lr, --subset and --group-size must be above 0")
     try:
         args.device = torch.device(args.device)

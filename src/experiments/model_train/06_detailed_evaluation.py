@@ -156,6 +156,8 @@ def load_checkpoint(path, parts=None, generators=()):
         for key, kind in CHECKPOINT.items():
             if not isinstance(checkpoint[key], kind):
                 raise TypeError(key)
+        if not all(isinstance(row["Accuracy/val"], float) for row in checkpoint["history"]):
+            raise TypeError("history")
         for key, part in (parts or {}).items():
             part.load_state_dict(checkpoint[key])
         for number, generator in enumerate(generators):
@@ -167,6 +169,8 @@ def load_checkpoint(path, parts=None, generators=()):
         sys.exit(f"{path} is damaged or not for this lesson ({type(error).__name__}). Name another one.")
 
 
+# In this order. Geometric transforms move pixels and keep the label. Colour changes in 3 of 10 groups only,
+# because hue costs more than all the rest. Erasing hides 2 to 15 % of the image: no single detail decides.
 AUGMENTATION = [
     v2.RandomHorizontalFlip(p=0.5),
     v2.RandomCrop(32, padding=4),
@@ -192,7 +196,7 @@ def make_augmentation(data, group_size):
 
 
 # NEW in 06: lesson 05's best training, kept short: nothing to compare or resume, only the best is saved
-def train(args, train_set, val_set, class_names, writer, path):
+def train(args, train_set, val_set, class_names, run_dir, path):
     """Train a SimpleCNN with augmented images, and save the model of the best validation accuracy as path."""
     torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
     shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
@@ -205,29 +209,31 @@ def train(args, train_set, val_set, class_names, writer, path):
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
     history, best_accuracy = [], -1.0
-    for epoch in range(1, args.epochs + 1):
-        start = time.perf_counter()
-        loss, acc = train_one_epoch(model, train_loader, loss_fn, optimizer, args.device, epoch, augment)
-        seconds = time.perf_counter() - start
-        val_loss, val_acc = evaluate(model, val_loader, args.device)
-        stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
-        row = {  # named as the curves in TensorBoard
-            "Loss/train": loss,  # a mean over the epoch; validation, at its end, can look better
-            "Loss/val": val_loss,
-            "Accuracy/train": acc,
-            "Accuracy/val": val_acc,
-            "Overfitting/accuracy_gap": acc - val_acc,
-            "LearningRate": optimizer.param_groups[0]["lr"],
-            "Seconds": seconds,
-        }
-        history.append(row)
-        report_epoch(writer, epoch, args.epochs, row)
-        scheduler.step()
-        if val_acc > best_accuracy:  # chosen on validation images: the test images choose nothing
-            best_accuracy = val_acc
-            checkpoint = {"lesson": LESSON, "class_names": class_names, "history": history}
-            checkpoint["hyperparameters"] = {key: getattr(args, key) for key in HYPERPARAMETERS}
-            save_checkpoint(checkpoint | {"model": model.state_dict()}, path)
+    with SummaryWriter(run_dir) as writer:
+        writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
+        for epoch in range(1, args.epochs + 1):
+            start = time.perf_counter()
+            loss, acc = train_one_epoch(model, train_loader, loss_fn, optimizer, args.device, epoch, augment)
+            seconds = time.perf_counter() - start
+            val_loss, val_acc = evaluate(model, val_loader, args.device)
+            stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
+            row = {  # named as the curves in TensorBoard
+                "Loss/train": loss,  # a mean over the epoch; validation, at its end, can look better
+                "Loss/val": val_loss,
+                "Accuracy/train": acc,
+                "Accuracy/val": val_acc,
+                "Overfitting/accuracy_gap": acc - val_acc,
+                "LearningRate": optimizer.param_groups[0]["lr"],
+                "Seconds": seconds,
+            }
+            history.append(row)
+            report_epoch(writer, epoch, args.epochs, row)
+            scheduler.step()
+            if val_acc > best_accuracy:  # chosen on validation images: the test images choose nothing
+                best_accuracy = val_acc
+                checkpoint = {"lesson": LESSON, "class_names": class_names, "history": history}
+                checkpoint["hyperparameters"] = {key: getattr(args, key) for key in HYPERPARAMETERS}
+                save_checkpoint(checkpoint | {"model": model.state_dict()}, path)
 
 
 # NEW in 06: from scores to a decision
@@ -241,13 +247,13 @@ def explain_argmax():
     logits = torch.tensor([2.1, -0.5, 1.8, 0.3, -1.2, 0.8, 3.5, 1.1, 0.2, -0.8])  # (10,): ten classes
     answer = torch.argmax(logits)
     value, position = torch.max(logits, dim=0)  # with a dim, torch.max returns both
-    print(f"2. Ten logits: torch.argmax gives {answer}, torch.max(dim=0) gives {value:.1f} at {position}.")
-    print(f"   So the answer is class {answer}: {names[answer]}.", end=" ")
-    print(f"Softmax keeps the order: its largest is at {logits.softmax(dim=0).argmax()} too.")
+    print(f"2. Ten logits: torch.argmax gives {answer}, so the answer is {names[answer]}.")
+    print(f"   torch.max(dim=0) gives {value:.1f} at {position}.", end=" ")
+    print(f"Softmax keeps the order, so argmax gives {logits.softmax(dim=0).argmax()} again.")
 
-    second = torch.tensor([1.2, 2.8, 0.3, 0.5, 1.1, 0.2, 0.7, 0.9, 1.5, 0.4])
+    first = torch.tensor([1.2, 2.8, 0.3, 0.5, 1.1, 0.2, 0.7, 0.9, 1.5, 0.4])
     third = torch.tensor([0.1, 0.2, 3.2, 1.1, 0.8, 1.5, 0.9, 1.2, 0.5, 0.3])
-    batch = torch.stack([logits, second, third])  # (3, 10): a row for each image, a column for each class
+    batch = torch.stack([first, logits, third])  # (3, 10): a row for each image, a column for each class
     values, answers = torch.max(batch, dim=1)  # along each image's row: one answer for each image
     print(f"3. Three images: dim=1 gives {answers.tolist()}: {', '.join(names[i] for i in answers)}.")
     print(f"   NumPy says axis=1: {batch.numpy().argmax(axis=1)}. The values are {values.numpy().round(1)}.")
@@ -311,16 +317,18 @@ def print_report(report):
     print(f" (95 % interval {100 * low:.2f} to {100 * high:.2f} %, {report['images']:,} images)")
     top_k = ", ".join(f"top-{k} {100 * value:.2f} %" for k, value in report["top_k"].items())
     print(f"The right class is among the k most probable ones: {top_k}")
+    print("  class        precision  recall      F1  images")
     rows = report["classes"] | {"macro mean": report["macro_average"], "weighted": report["weighted_average"]}
     for name, row in rows.items():
-        print(f"  {name:12}", ", ".join(f"{key} {value:.4f}" for key, value in row.items()))
+        precision, recall, f1, images = row.values()
+        print(f"  {name:12} {precision:9.4f} {recall:7.4f} {f1:7.4f} {images:7.0f}")
     pairs = [f"{true} taken for {wrong} {count} times" for count, true, wrong in report["most_confused"]]
     print(f"Most confused: {'; '.join(pairs) or 'none'}")
 
-    f1 = {name: row["f1-score"] for name, row in report["classes"].items() if row["support"]}  # has images
-    weakest, sure = min(f1, key=f1.get), report["mean_confidence"]
+    scores = {name: row["f1-score"] for name, row in report["classes"].items() if row["support"]}
+    weakest, sure = min(scores, key=scores.get), report["mean_confidence"]
     attitude = "overconfident" if sure > high else "underconfident" if sure < low else "as sure as right"
-    print(f"Diagnosis: the weakest class is {weakest} (F1 {f1[weakest]:.2f}), the worst pair is ", end="")
+    print(f"Diagnosis: the weakest class is {weakest} (F1 {scores[weakest]:.2f}), the worst pair is ", end="")
     print(f"{pairs[0] if pairs else 'none'},\nand the network is {attitude}: ", end="")
     print(f"its mean confidence is {100 * sure:.1f} %, its accuracy {100 * accuracy:.1f} %.")
 
@@ -387,13 +395,10 @@ def plot_errors(images, logits, labels, class_names, title):
 
 
 # NEW in 06: all of it, once
-def write_report(model, test_set, class_names, checkpoint, artifacts, writer, args):
-    """Evaluate the model on the test set: print the report, and write it, the pictures and the curves."""
-    images, labels = test_set.tensors
-    logits = compute_logits(model.to(args.device), DataLoader(test_set, batch_size=1000), args.device)
-    if not logits.isfinite().all():
-        sys.exit("The network answers nan: its training diverged. Delete its file, and use a lower --lr.")
-    title = f"{checkpoint['lesson']}, {len(labels):,} test images of {args.data}"
+def write_report(logits, images, labels, checkpoint, run_dir, artifacts):
+    """Print and write the report on the answers to test images, with pictures here and in TensorBoard."""
+    class_names, data = checkpoint["class_names"], checkpoint["hyperparameters"]["data"]
+    title = f"{checkpoint['lesson']}, {len(labels):,} test images of {data}"
     report = {"model": title} | measure(logits, labels, class_names)
     val_accuracy = checkpoint["history"][-1]["Accuracy/val"]
     print(f"Evaluation of {title} (best validation accuracy of its training: {val_accuracy:.2f} %)")
@@ -405,48 +410,49 @@ def write_report(model, test_set, class_names, checkpoint, artifacts, writer, ar
         "confidence_analysis": plot_confidence(report, logits, labels, title),
         "error_samples": plot_errors(images, logits, labels, class_names, title),
     }
-    for name, figure in figures.items():
-        figure.savefig(artifacts / f"{name}.png", dpi=100)
-        writer.add_figure(f"Evaluation/{name}", figure)
-    writer.add_scalar("Test/loss", report["loss"])
-    writer.add_scalar("Test/accuracy", 100 * report["accuracy"])
-    for i, name in enumerate(class_names):  # precision and recall at every threshold of its probability
-        writer.add_pr_curve(f"PrecisionRecall/{name}", labels == i, logits.softmax(dim=1)[:, i])
+    with SummaryWriter(run_dir) as writer:
+        settings = checkpoint["hyperparameters"].items()
+        writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in settings))
+        for name, figure in figures.items():
+            figure.savefig(artifacts / f"{name}.png", dpi=100)
+            writer.add_figure(f"Evaluation/{name}", figure)
+        writer.add_scalar("Test/loss", report["loss"])
+        writer.add_scalar("Test/accuracy", 100 * report["accuracy"])
+        for i, name in enumerate(class_names):  # precision and recall at every threshold of its probability
+            writer.add_pr_curve(f"PrecisionRecall/{name}", labels == i, logits.softmax(dim=1)[:, i])
     print(f"In {artifacts}: evaluation_report.json, {', '.join(f'{name}.png' for name in figures)}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     explain_argmax()
-    # NEW in 06: the model to evaluate comes from a file; if there is none, it is trained first
     artifacts, model = args.output_dir / "artifacts", SimpleCNN()
     path = args.checkpoint or artifacts / "checkpoints" / "best_model_eval.pth"
-    must_train, settings = not args.checkpoint and not path.exists(), vars(args)
-    if must_train:
-        images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
-        train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
-        print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
-    else:
+    # NEW in 06: the model to evaluate comes from a file; if there is none, it is trained first
+    if args.checkpoint or path.exists():
         checkpoint = load_checkpoint(path, {"model": model})
-        settings = checkpoint["hyperparameters"] | {"checkpoint": path}
+        settings = checkpoint["hyperparameters"]
         if args.data not in ["auto", settings["data"]]:
             sys.exit(f"{path} was trained on {settings['data']}, not {args.data}. To train anew, delete it.")
         args.data = settings["data"]
-        print(f"No training: {path} is there, trained with {checkpoint['hyperparameters']}.")
-        print("To train a new model, delete that file." if not args.checkpoint else "")
+        print(f"No training: {path} is there, trained with {settings}. To train a new model, delete it.")
+        [run_dir] = new_run_dirs(args.data, args.output_dir / "tensor_board" / LESSON)
+    else:
+        images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
+        train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
+        print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
+        [run_dir] = new_run_dirs(args.data, args.output_dir / "tensor_board" / LESSON)
+        unfinished = path.with_name(f"{run_dir.name}_unfinished.pth")  # a name that no other run uses
+        train(args, train_set, val_set, class_names, run_dir / "training", unfinished)
+        checkpoint = load_checkpoint(unfinished, {"model": model})
+        os.replace(unfinished, path)
 
-    [run_dir] = new_run_dirs(args.data, args.output_dir / "tensor_board" / LESSON)
-    with SummaryWriter(run_dir) as writer:
-        writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in settings.items()))
-        if must_train:
-            unfinished = path.with_name(f"{run_dir.name}_unfinished.pth")  # a name that no other run uses
-            train(args, train_set, val_set, class_names, writer, unfinished)
-            checkpoint = load_checkpoint(unfinished, {"model": model})
-            os.replace(unfinished, path)
-        # NEW in 06: the test images are used here, once, for the model that is final
-        images, labels, class_names, _ = load_data(args.data, args.data_dir, train=False)
-        test_set = TensorDataset(images[: args.subset], labels[: args.subset])
-        write_report(model, test_set, class_names, checkpoint, artifacts, writer, args)
+    # NEW in 06: the test images are used here, once, for the model that is final
+    images, labels, _, _ = load_data(args.data, args.data_dir, train=False)
+    images, labels = images[: args.subset], labels[: args.subset]
+    test_loader = DataLoader(TensorDataset(images, labels), batch_size=1000)
+    logits = compute_logits(model.to(args.device), test_loader, args.device)
+    write_report(logits, images, labels, checkpoint, run_dir / "evaluation", artifacts)
     logdir = str(args.output_dir / "tensor_board" / LESSON)
     print("Done. To see the curves:", quote([sys.executable, "-m", "tensorboard.main", "--logdir", logdir]))
 
@@ -553,7 +559,7 @@ def parse_args(argv):
     # NEW in 06: evaluate without training
     parser.add_argument("--checkpoint", type=Path, help="evaluate this model, and train none")
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size, args.lr, args.subset, args.group_size) <= 0:
+    if min(args.epochs, args.batch_size, args.subset, args.group_size) < 1 or not 0 < args.lr < math.inf:
         parser.error("--epochs, --batch-size, --lr, --subset and --group-size must be above 0")
     try:
         args.device = torch.device(args.device)
