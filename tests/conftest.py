@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import io
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ DRAW = {Figure: "savefig", SummaryWriter: "add_figure"}  # what takes long, and 
 ORIGINALS = {kind: getattr(kind, name) for kind, name in DRAW.items()}
 CPU = torch.device("cpu")
 FLAGS = ["--data", "digits", "--subset", "200", "--device", "cpu", "--batch-size", "64"]
+UNIX = pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of Linux and macOS")
 QUICK = ["--data", "digits", "--epochs", "1", "--subset", "256", "--device", "cpu"]
 
 

@@ -1,11 +1,10 @@
-"""src/benchmarks/: every figure is of what its name says, and what is measured is the lessons' own training."""
+"""src/benchmarks/: every figure is of what its name says, and of the lessons' own training."""
 
-import contextlib
-import io
 import json
 import platform
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ import results
 import tables
 import throughput
 import torch
+from conftest import PATHS
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from torch import nn
@@ -96,12 +96,11 @@ def spy(lessons, monkeypatch):
             spy.loaders.append(self)
             return super().__iter__()
 
-    def note_epochs(number):
-        stand_in = lambda *args: spy.epochs.append((number, *args))  # noqa: E731
-        monkeypatch.setattr(lessons[number], "train_one_epoch", stand_in)
+    def note_epoch(number, *args):
+        spy.epochs.append((number, *args))
 
-    note_epochs("02")
-    note_epochs("05")
+    for number in ["02", "05"]:
+        monkeypatch.setattr(lessons[number], "train_one_epoch", partial(note_epoch, number))
     monkeypatch.setattr(lessons["05"], "make_augmentation", lambda *args: ("augment", *args))
     monkeypatch.setattr(throughput, "load_lesson", lessons.get)
     monkeypatch.setattr(throughput, "DataLoader", Loader)
@@ -193,15 +192,16 @@ def test_a_step_of_training_follows_the_gradient_of_its_batch_alone():
         weight -= 0.1 * error.T @ images / 8
         throughput.train_step(model, nn.CrossEntropyLoss(), optimizer, images, labels)
     torch.testing.assert_close(model.weight.detach(), weight)
-    other = lambda model, images: model(images) * 0  # noqa: E731
-    throughput.train_step(model, nn.CrossEntropyLoss(), optimizer, images, labels, other)
-    torch.testing.assert_close(
-        model.weight.detach(), weight, msg="another forward() gives another gradient, 0"
-    )
+
+    def no_gradient(model, images):
+        return model(images) * 0
+
+    throughput.train_step(model, nn.CrossEntropyLoss(), optimizer, images, labels, no_gradient)
+    torch.testing.assert_close(model.weight.detach(), weight)
 
 
 def test_all_ways_train_on_the_same_numbers(lessons):
-    """The usual way's transforms and the lesson's to_input() make the same network input of the same image."""
+    """The usual way's transforms and the lesson's to_input() make the same input of the same image."""
     transform = throughput.transforms.Compose(throughput.TO_TENSOR)
     dataset = throughput.PILDataset(IMAGES[:4].numpy(), [3, 2, 1, 0], transform)
     assert len(dataset) == 4 and [dataset[i][1] for i in range(4)] == [3, 2, 1, 0]
@@ -272,16 +272,13 @@ def test_rates_and_ratios_come_from_the_times(monkeypatch):
         pairs = zip(seconds[name], matrix_rates, strict=True)
         shares = [600 * 5e6 / s / matrix_rate for s, matrix_rate in pairs]
         assert report["share_of_arithmetic_limit"][name] == of_rounds(shares)
-    ratios = {  # of what takes the time above the line, to what takes the time below it
+    ratios = {  # name: (whose time is above the line, whose is below it); half the time is twice the speed
         "speed: lesson / ceiling": ("ceiling: ready-made batches", "lesson"),
         "speed: lesson / usual way": ("usual way", "lesson"),
         "speed: lesson / usual way, 2 workers": ("usual way, 2 workers", "lesson"),
         "speed: lesson / usual way, pooling last": ("usual way, pooling last", "lesson"),
         "speed, augmented: lesson / usual way": ("usual way, augmented", "lesson, augmented"),
-        "speed, augmented: lesson / usual way, 2 workers": (
-            "usual way, augmented, 2 workers",
-            "lesson, augmented",
-        ),
+        "speed, augmented: lesson / usual way, 2 workers": (TASKS[-1], "lesson, augmented"),
         "time, lesson: augmented / plain": ("lesson, augmented", "lesson"),
         "time, usual way: augmented / plain": ("usual way, augmented", "usual way"),
     }
@@ -290,11 +287,7 @@ def test_rates_and_ratios_come_from_the_times(monkeypatch):
         assert report["ratios"][name] == of_rounds(seconds[above] / seconds[below]), name
 
 
-REPORT = {
-    "machine": MACHINE,
-    "data": "random images",
-    "rounds": 3,
-    "images": 2048,
+COMPARED = {
     "operations_per_image": 50e6,
     "matrix_operations_per_second": figures(200e9, 100e9, 300e9),
     "images_per_second": {
@@ -308,9 +301,10 @@ REPORT = {
         "usual way": figures(0.25, 0.1, 0.28),
     },
     "ratios": {"speed: lesson / usual way": figures(2, 1.75, 5)},
-    "time_per_image_by_size": {1000: figures(1, 1, 1), 20_000: figures(0.98, 0.9, 1.2)},
-    "peak_memory_bytes": 1_380_000_000,
 }
+REPORT = {"machine": MACHINE, "data": "random images", "rounds": 3, "images": 2048, **COMPARED}
+REPORT["time_per_image_by_size"] = {1000: figures(1, 1, 1), 20_000: figures(0.98, 0.9, 1.2)}
+REPORT["peak_memory_bytes"] = 1_380_000_000
 
 
 def test_the_report_is_printed_as_it_is(capsys):
@@ -356,31 +350,560 @@ def test_the_bars_are_as_long_as_the_rates(monkeypatch, tmp_path):
     assert "images per second" in ax.get_xlabel()
 
 
+@pytest.mark.parametrize("count", [50, 90])  # fewer than the largest size, and more
+def test_throughput_times_the_images_rounds_and_sizes_it_is_told(monkeypatch, tmp_path, count):
+    asked = []
+
+    def cifar10(folder, train):
+        asked.append(("data", folder, train))
+        return SimpleNamespace(data=IMAGES.numpy(), targets=LABELS.tolist())
+
+    def build_tasks(images, labels):
+        asked.append(("all", images, labels))
+        return {"all": None}
+
+    def lesson_task(lesson, images, labels):
+        asked.append((lesson.LESSON, images, labels))
+
+    def measure(tasks, rounds):
+        asked.append(("rounds", list(tasks), rounds))
+        return {"all": "seconds"} if "all" in tasks else {20: np.array([1.0, 2.0]), 80: np.array([8.0, 4.0])}
+
+    def compare(seconds, images):
+        asked.append(("compare", seconds, images))
+        return COMPARED
+
+    for stand_in in [build_tasks, lesson_task, measure, compare]:
+        monkeypatch.setattr(throughput, stand_in.__name__, stand_in)
+    monkeypatch.setattr(throughput, "CIFAR10", cifar10)
+    monkeypatch.setattr(throughput, "plot_rates", lambda report, path: asked.append(("plot", report, path)))
+    flags = ["--data-dir", "photos", "--rounds", "7", "--images", str(count), "--sizes", "20", "80"]
+    throughput.main([*flags, "--output-dir", str(tmp_path), "--json", str(tmp_path / "t.json")])
+
+    data, everything, rounds, compared, small, large, rounds_by_size, plot = asked
+    assert data == ("data", Path("photos"), True)
+    for (name, images, labels), expected, length in [
+        (everything, "all", count),
+        (small, "02_with_validation", 20),
+        (large, "02_with_validation", 80),
+    ]:
+        assert name == expected
+        assert torch.equal(images, IMAGES[:length]) and torch.equal(labels, LABELS[:length])
+    assert rounds == ("rounds", ["all"], 7) and rounds_by_size == ("rounds", [20, 80], 5)
+    assert compared == ("compare", {"all": "seconds"}, count)
+    report = read_json(tmp_path / "t.json")
+    assert (report["data"], report["rounds"], report["images"]) == ("CIFAR-10", 7, count)
+    assert report["machine"] == common.describe_machine()
+    # An image takes 1/20 s and 2/20 s of 20 images, 8/80 s and 4/80 s of 80: twice and half as long.
+    assert report["time_per_image_by_size"] == {"20": figures(1, 1, 1), "80": figures(1.25, 0.5, 2)}
+    assert plot[2] == tmp_path / "artifacts" / "throughput.png"
+    assert json.loads(json.dumps(plot[1])) == report, "the picture is of the figures that are written"
+
+
+def test_throughput_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(throughput, "MATRIX_SIZE", 64)
+    flags = ["--rounds", "1", "--images", "32", "--sizes", "16", "32"]
+    throughput.main([*flags, "--output-dir", str(tmp_path), "--json", str(tmp_path / "t.json")])
+    report = read_json(tmp_path / "t.json")
+    assert list(report["images_per_second"]) == TASKS and report["data"] == "random images"
+    assert all(1 < rate["median"] < 1e6 for rate in report["images_per_second"].values())
+    if sys.platform != "win32":
+        assert 1e8 < report["peak_memory_bytes"] < 1e10  # bytes, not kilobytes
+    output = capsys.readouterr().out
+    for name, rate in report["images_per_second"].items():
+        assert f"  {name:32} {common.in_words(rate, 0):>24}" in output
+    assert (tmp_path / "artifacts" / "throughput.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "flags", [["--rounds", "0"], ["--images", "50001"], ["--sizes", "x"], ["--no-such-flag"]]
+)
+@pytest.mark.parametrize("benchmark", [throughput, augmentation_cost])
+def test_bad_flags_are_refused(benchmark, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(flags)
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# augmentation_cost.py
+
+
+def test_every_transform_is_timed_in_the_groups_that_its_name_says(lessons, monkeypatch):
+    timed = []
+    monkeypatch.setattr(augmentation_cost, "load_lesson", lessons.get)
+    monkeypatch.setattr(augmentation_cost, "transform_in_groups", lambda *args: timed.append(args))
+    tasks = augmentation_cost.build_tasks(IMAGES)
+    for task in tasks.values():
+        task()
+    assert all(images is IMAGES for _, images, _ in timed)
+    size = lessons["05"].parse_args(["--device", "cpu"]).group_size
+    alone = lessons["05"].TRANSFORMS
+    names = [f"{name}, groups of {size}" for name in [*alone, "ColorJitter without hue"]]
+    assert list(tasks) == names + [f"all together, groups of {size}" for size in [1, 8, 16, 128]]
+    *singles, (without_hue, _, hue_size) = timed[:-4]
+    assert [(transform, size) for transform, _, size in singles] == [(one, size) for one in alone.values()]
+    jitter = alone["ColorJitter"]
+    assert type(without_hue) is type(jitter) and without_hue.hue is None and jitter.hue and hue_size == size
+    for name in ["brightness", "contrast", "saturation"]:
+        assert getattr(without_hue, name) == getattr(jitter, name)
+    together = [(transform.transforms, size) for transform, _, size in timed[-4:]]
+    assert together == [(lessons["05"].AUGMENTATION, size) for size in [1, 8, 16, 128]]
+
+
+def test_a_transform_is_drawn_once_for_every_group():
+    groups = []
+    augmentation_cost.transform_in_groups(groups.append, IMAGES, 128)
+    assert [group.shape for group in groups] == [(128, 3, 32, 32), (72, 3, 32, 32)]
+    assert torch.equal(torch.cat(groups).permute(0, 2, 3, 1), IMAGES)
+
+
+def test_costs_are_printed_and_written_in_ms_for_1000_images(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def measure(tasks, rounds):
+        asked.append((tasks, rounds))
+        return {"a transform": np.array([0.5, 0.002, 0.003])}
+
+    monkeypatch.setattr(augmentation_cost, "build_tasks", lambda images: images)
+    monkeypatch.setattr(augmentation_cost, "measure", measure)
+    augmentation_cost.main(["--rounds", "3", "--images", "200", "--json", str(tmp_path / "a.json")])
+    [(images, rounds)] = asked
+    assert images.shape == (200, 32, 32, 3) and images.dtype == torch.uint8 and rounds == 3
+    report = read_json(tmp_path / "a.json")
+    # 0.002 s of 200 images are 2 ms of 200, or 10 ms of 1,000.
+    assert report.pop("ms_per_1000_images") == {"a transform": pytest.approx(figures(15, 10, 2500))}
+    assert report == {"machine": common.describe_machine(), "rounds": 3, "images": 200}
+    machine, title, row = capsys.readouterr().out.splitlines()
+    assert machine == common.machine_in_words(common.describe_machine())
+    assert title == "ms per 1,000 images: median (least to greatest) of 3 rounds of 200 images"
+    assert row.split(maxsplit=2) == ["a", "transform", "15.0 (10.0 to 2,500.0)"]
+
+
+def test_augmentation_cost_runs(capsys):
+    augmentation_cost.main(["--rounds", "1", "--images", "16"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 11 and all(" (" in row for row in rows)
+
+
+# results.py
+
+
+def write_run(folder, accuracies, gaps, first_epoch=1):
+    """Write a TensorBoard run as the lessons do, with these curves."""
+    with SummaryWriter(folder, purge_step=first_epoch) as writer:
+        for epoch, (accuracy, gap) in enumerate(zip(accuracies, gaps, strict=True), start=first_epoch):
+            writer.add_scalar("Accuracy/train", accuracy + gap, epoch)
+            writer.add_scalar("Accuracy/val", accuracy, epoch)
+            writer.add_scalar("Overfitting/accuracy_gap", gap, epoch)
+
+
+def run_folder(folder, output=""):
+    """Make the output folder of a run, with what the lesson printed."""
+    folder.mkdir()
+    (folder / "output.txt").write_text(output, encoding="utf-8")
+    return folder
+
+
+def test_results_of_lesson_01_are_its_last_line(tmp_path):
+    epochs = (
+        "Epoch  1/2 | train loss 1.2095, acc 56.42 % | 20 s\nEpoch  2/2 | train loss 0.9, acc  7.50 % | 9 s\n"
+    )
+    folder = run_folder(tmp_path / "run", "  batch 1/9  loss 2.3\n" + epochs + "Done: see a.png.\n")
+    assert results.collect("01", folder) == {"": {"train_accuracy": 7.5}}
+
+
+@pytest.mark.parametrize("number", ["02", "03"])
+def test_results_are_the_best_accuracy_and_the_last_gap(tmp_path, number):
+    folder = run_folder(tmp_path / "run")
+    write_run(folder / "tensor_board" / "the_lesson" / "cifar10_run_1", [50, 75, 75, 62.5], [1, 2, 4, 8])
+    best = {"val_accuracy": 75, "best_epoch": 2, "epochs": 4, "gap": 8}
+    assert results.collect(number, folder) == {"": best}
+
+
+def test_results_of_a_resumed_run_are_of_all_its_epochs(tmp_path):
+    run_dir = run_folder(tmp_path / "run") / "tensor_board" / "03_save_load_model" / "cifar10_run_1"
+    write_run(run_dir, [50, 75, 99], [1, 2, 3])  # the third epoch was not saved, and is done again
+    write_run(run_dir, [70, 60], [4, 5], first_epoch=3)
+    best = {"val_accuracy": 75, "best_epoch": 2, "epochs": 4, "gap": 5}
+    assert results.collect("03", tmp_path / "run") == {"": best}
+
+
+def test_results_of_lesson_04_are_told_apart_by_arm(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    run_dir = folder / "tensor_board" / "04_lr_scheduler" / "cifar10_run_1"
+    write_run(run_dir / "StepLR", [50, 75, 62.5], [1, 2, 4])
+    write_run(run_dir / "Constant", [80, 70, 60], [8, 16, 32])
+    with SummaryWriter(run_dir) as writer:
+        writer.add_image("Comparison/lr_comparison", np.zeros((3, 4, 4)))
+    assert results.collect("04", folder) == {
+        "StepLR": {"val_accuracy": 75, "best_epoch": 2, "epochs": 3, "gap": 4},
+        "Constant": {"val_accuracy": 80, "best_epoch": 1, "epochs": 3, "gap": 32},
+    }
+
+
+def test_gaps_of_lesson_05_are_those_it_prints(tmp_path):
+    """They are of the best models and images as they are, the curves of the last epoch and augmented ones."""
+    output = """
+  with_augmentation              75.00 % in epoch  2
+  {0}: training 86.69 %, validation 75.00 %
+    gap {1} points: hardly overfits. 665 s of training.
+  without_augmentation: training 100.00 %, validation 80.00 %
+    gap 20.00 points: overfits. 612 s of training.
+"""
+    before, after = output.format("with_augmentation", 99), output.format("with_augmentation", -0.25)
+    folder = run_folder(tmp_path / "run", before + after)  # stopped while it drew the pictures, and resumed
+    run_dir = folder / "tensor_board" / "05_data_augmentation" / "cifar10_run_1"
+    write_run(run_dir / "with_augmentation", [50, 75, 62.5], [1, 2, 4])
+    write_run(run_dir / "without_augmentation", [80, 70, 60], [8, 16, 32])
+    assert results.collect("05", folder) == {
+        "with_augmentation": {"val_accuracy": 75, "best_epoch": 2, "epochs": 3, "gap": -0.25},
+        "without_augmentation": {"val_accuracy": 80, "best_epoch": 1, "epochs": 3, "gap": 20},
+    }
+
+
+def test_results_of_lesson_06_are_in_its_report(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    run_dir = folder / "tensor_board" / "06_detailed_evaluation" / "cifar10_run_1"
+    write_run(run_dir / "training", [50, 75, 62.5], [1, 2, 4])
+    with SummaryWriter(run_dir / "evaluation") as writer:
+        writer.add_scalar("Test/accuracy", 87.5)
+    report = {"accuracy": 0.5, "top_k": {"1": 0.5, "3": 0.75, "5": 0.875}, "mean_confidence": 0.25}
+    (folder / "artifacts").mkdir()
+    path = folder / "artifacts" / "evaluation_report.json"
+    path.write_text(json.dumps(report | {"expected_calibration_error": 0.125}), encoding="utf-8")
+    arm = {"val_accuracy": 75, "best_epoch": 2, "epochs": 3, "test_accuracy": 50, "top_3_accuracy": 75}
+    assert results.collect("06", folder) == {"": arm | {"mean_confidence": 25, "calibration_error": 12.5}}
+
+
+@pytest.mark.parametrize("number", ["01", "02", "04", "05", "06"])
+def test_the_lessons_print_and_write_what_is_collected(lessons, finished, tmp_path, number):
+    run = finished(number)
+    folder = run_folder(tmp_path / "run", run.output)
+    shutil.copytree(run.folder, folder, dirs_exist_ok=True)
+    arms = results.collect(number, folder)
+    expected = {"04": list(lessons["04"].SCHEDULERS), "05": list(lessons["05"].ARMS)}.get(number, [""])
+    assert sorted(arms) == sorted(expected)
+    for arm, found in arms.items():
+        line = {
+            "01": "acc {train_accuracy:5.2f} % | ",
+            "02": "Best validation accuracy on digits: {val_accuracy:.2f} % in epoch {best_epoch}.",
+            "04": "  {arm:30} {val_accuracy:5.2f} % in epoch  1",
+            "05": ", validation {val_accuracy:.2f} %\n    gap {gap:.2f} points",
+            "06": "its accuracy {test_accuracy:.1f} %.",
+        }[number]
+        assert line.format(arm=arm, **found) in run.output
+    assert results.can_resume(PATHS[number].stem, folder) == (number in ["04", "05"])
+
+
+STUB = """
+import sys
+import time
+from pathlib import Path
+time.sleep(0.2)
+with Path(__file__).with_name("calls.txt").open("a") as file:
+    file.write(" ".join(sys.argv[1:]) + "\\n")
+print("Epoch  5/5 | train loss 0.1234, acc 81.25 % | 9 s")
+sys.exit(EXIT)
+"""
+
+
 @pytest.fixture
-def unmeasured(monkeypatch, tmp_path):
-    """A function that runs throughput.py without its work, and returns what was asked of whom, and the report."""
+def stub(tmp_path, monkeypatch):
+    """Run results.py with a launcher that notes its arguments and prints an epoch's line, and no lesson."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "docs" / "results.json")
 
-    def run(*flags):
-        calls = SimpleNamespace(tasks=None, sizes={}, rounds=[])
-
-        def build_tasks(images, labels):
-            calls.tasks = images, labels
-            return {"all": None}
-
-        def lesson_task(lesson, images, labels):
-            calls.sizes[lesson.LESSON, len(images)] = images, labels
-
-        def measure(tasks, rounds):
-            calls.rounds.append(rounds)
-            return {size: np.array([float(size), 2.0 * i]) for i, size in enumerate(tasks) if size != "all"}
-
-        monkeypatch.setattr(throughput, "build_tasks", build_tasks)
-        monkeypatch.setattr(throughput, "lesson_task", lesson_task)
-        monkeypatch.setattr(throughput, "measure", measure)
-        compared = {key: REPORT[key] for key in list(REPORT)[4:9]}
-        monkeypatch.setattr(throughput, "compare", lambda seconds, images: compared | {"compared": images})
-        monkeypatch.setattr(throughput, "plot_rates", lambda report, path: None)
-        throughput.main([*flags, "--output-dir", str(tmp_path), "--json", str(tmp_path / "t.json")])
-        return calls, read_json(tmp_path / "t.json")
+    def run(*flags, lesson="01", exit_status=0):
+        launcher = tmp_path / "stub.py"
+        launcher.write_text(STUB.replace("EXIT", str(exit_status)), encoding="utf-8")
+        flags = ["--launcher", launcher, "--work-dir", tmp_path / "work", "--lessons", lesson, *flags]
+        results.main(list(map(str, flags)))
+        return (tmp_path / "calls.txt").read_text(encoding="utf-8").splitlines()
 
     return run
+
+
+def test_results_are_kept_and_not_run_again(stub, tmp_path):
+    calls = stub("--data-name", "some photographs", "--data-dir", "photos")
+    folder = tmp_path / "work" / "01_basic_training_seed_42"
+    lesson = common.LESSONS / "01_basic_training.py"
+    assert calls == [f"{lesson} --seed 42 --output-dir {folder} --data cifar10 --data-dir photos"]
+    [entry] = read_json(results.RESULTS)
+    assert 0.2 <= entry.pop("seconds") < 60
+    assert 1e7 < (entry.pop("peak_memory_bytes") or 1e8) < 1e11  # bytes, not kilobytes; none on Windows
+    arms = {"": {"train_accuracy": 81.25}}
+    settled = {"lesson": "01", "seed": 42, "data": "some photographs", "arms": arms}
+    assert entry == settled | {"machine": common.describe_machine()}
+    assert len(stub()) == 1, "it ran again"
+    assert "--seed 43 " in stub("--first-seed", "43", "--untimed")[1]
+    entries = [(entry["seed"], entry["seconds"] is None) for entry in read_json(results.RESULTS)]
+    assert entries == [(42, False), (43, True)]
+
+
+def test_a_failed_run_is_no_result(stub):
+    with pytest.raises(SystemExit, match="01_basic_training.py failed: see .*output.txt"):
+        stub(exit_status=1)
+    assert not results.RESULTS.exists()
+
+
+@pytest.mark.parametrize(
+    "lesson, path",
+    [
+        ("03_save_load_model", "cifar10_run_1/latest_checkpoint.pth"),
+        ("04_lr_scheduler", "cifar10_run_1/StepLR/latest_checkpoint.pth"),
+        ("05_data_augmentation", "cifar10_run_1/with_augmentation/latest_checkpoint.pth"),
+        ("06_detailed_evaluation", "cifar10_run_1_unfinished.pth"),
+    ],
+)
+def test_a_stopped_run_goes_on_from_its_checkpoint_if_it_has_one(stub, monkeypatch, tmp_path, lesson, path):
+    folder = tmp_path / "work" / f"{lesson}_seed_42"
+    checkpoint = folder / "artifacts" / "checkpoints" / lesson / path
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    (folder / "output.txt").write_text("before it was stopped\n", encoding="utf-8")
+    monkeypatch.setattr(results, "SEEDS", {lesson[:2]: 1})
+    monkeypatch.setattr(results, "collect", lambda number, folder: {"": {"collected": [number, folder.name]}})
+    [call] = stub(lesson=lesson[:2])
+    [entry] = read_json(results.RESULTS)
+    assert entry["arms"] == {"": {"collected": [lesson[:2], folder.name]}}
+    output = (folder / "output.txt").read_text(encoding="utf-8")
+    if lesson.startswith("06"):
+        assert not call.endswith(" --resume") and not checkpoint.exists(), "it starts anew"
+        assert entry["seconds"] and not output.startswith("before it was stopped")
+    else:
+        assert call.endswith(" --resume") and checkpoint.exists()
+        assert entry["seconds"] is None, "only a part of it was timed"
+        assert output.startswith("before it was stopped\nEpoch")
+
+
+def test_every_lesson_runs_once_before_any_runs_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results.json")
+    runs, kept = [], []
+
+    def run(number, seed, args):
+        runs.append((number, seed))
+        kept.append(len(results.load_results()))
+        return {"lesson": number, "seed": seed}
+
+    monkeypatch.setattr(results, "run", run)
+    results.main(["--lessons", "05", "01", "02", "--first-seed", "7"])
+    assert runs == [("05", 7), ("01", 7), ("02", 7), ("05", 8), ("02", 8), ("05", 9), ("02", 9)]
+    assert kept == [0, 1, 2, 3, 4, 5, 6], "every run is kept at once"
+    found = [(entry["lesson"], entry["seed"]) for entry in read_json(tmp_path / "results.json")]
+    assert found == sorted(runs)
+
+
+# tables.py
+
+
+def entry(number, seed, seconds=60.0, memory=1.5e9, **arms):
+    """An entry as in docs/results.json. arms: {arm: (validation accuracy, gap)}."""
+    arms = {arm: {"val_accuracy": accuracy, "gap": gap} for arm, (accuracy, gap) in arms.items()}
+    found = {"lesson": number, "seed": seed, "seconds": seconds, "peak_memory_bytes": memory, "arms": arms}
+    return found | {"machine": MACHINE, "data": "random images"}
+
+
+ENTRIES = [  # not in order: the tables sort them
+    entry("02", 44, None, 1.25e9, **{"": (76.0, 24.0)}),
+    entry("02", 42, 50.0, 1.5e9, **{"": (74.0, 20.0)}),
+    entry("02", 43, 99.0, 1.0e9, **{"": (75.0, 22.0)}),
+    entry("04", 42, 700.0, worse=(70.0, 1.0), tie=(79.0, 2.0), steady=(80.0, 9.0)),
+    entry("04", 43, 860.0, worse=(71.0, 1.0), tie=(81.5, 4.0), steady=(80.0, 9.0)),
+    entry("04", 44, 900.0, worse=(72.0, 1.0), tie=(79.0, 6.0), steady=(80.0, 9.0)),
+    entry("01", 42, None, None) | {"arms": {"": {"train_accuracy": 86.33}}},
+    entry("06", 42, 100.0) | {"arms": {"": {"val_accuracy": 82.0, "test_accuracy": 81.5}}},
+]
+
+
+def cells(text):
+    """Return the rows of a Markdown table as lists of cells, without the line under the header."""
+    lines = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in text.splitlines()]
+    assert set(text.splitlines()[1]) == {"|", "-"} and len({len(row) for row in lines[:1] + lines[2:]}) == 1
+    return lines[:1] + lines[2:]
+
+
+def test_table_of_runs():
+    assert cells(tables.runs_table(ENTRIES, tables.words("en"))) == [
+        ["lesson", "accuracy", "gap", "time", "peak memory", "seeds"],
+        ["01", "86.3 % on training images", "-", "-", "-", "42"],
+        # The times are 50 and 99 s, and one unknown; the memory is the largest of the three.
+        ["02", "75.0 ± 1.0 % on validation images", "22.0 ± 2.0", "74 s", "1.50 GB", "42, 43, 44"],
+        ["04", "80.0 ± 0.0 % on validation images, steady", "-", "14 min", "1.50 GB", "42, 43, 44"],
+        ["06", "81.5 % on test images", "-", "2 min", "1.50 GB", "42"],
+    ]
+
+
+def test_table_of_arms_calls_a_difference_inside_its_spread_a_tie():
+    assert cells(tables.arms_table(ENTRIES, "04", tables.words("en"))) == [
+        ["network", "validation accuracy", "gap", "behind the first"],
+        ["`steady`", "80.00 ± 0.00", "9.0 ± 0.0", ""],
+        ["`tie`", "79.83 ± 1.44", "4.0 ± 2.0", "0.17 ± 1.44 (a tie)"],  # behind by 1, -1.5 and 1
+        ["`worse`", "71.00 ± 1.00", "1.0 ± 0.0", "9.00 ± 1.00"],
+    ]
+    assert tables.arms_table(ENTRIES, "05", tables.words("en")) == "...", "not measured yet"
+
+
+def test_table_of_arms_compares_seed_by_seed():
+    """Both arms change by 5 points from seed to seed, but one of them is ahead by 1 point in each."""
+    found = [entry("05", 1, first=(70.0, 1.0), second=(69.0, 1.0))]
+    found += [entry("05", 2, second=(74.0, 1.0), first=(75.0, 1.0))]
+    [_, _, second] = cells(tables.arms_table(found, "05", tables.words("en")))
+    assert second == ["`second`", "71.50 ± 3.54", "1.0 ± 0.0", "1.00 ± 0.00"]
+    [_, _, second] = cells(tables.arms_table(found[:1], "05", tables.words("en")))
+    assert second == ["`second`", "69.00", "1.0", "1.00"], "one seed has no spread"
+
+
+def test_table_of_lessons_gets_time_and_accuracy_in_both_languages():
+    row = "| `02_with_validation.py` | an idea | a view | - | - |"
+    other = "| `03_save_load_model.py` | an idea | a view | - | - |"
+    filled = tables.fill_lessons(f"{row}\n{other}", ENTRIES, tables.words("en"))
+    first = "| `02_with_validation.py` | an idea | a view | 74 s | 75.0 ± 1.0 % on validation images |"
+    assert filled == f"{first}\n{other}", "lesson 03 has not been measured"
+    assert tables.fill_lessons(filled, ENTRIES, tables.words("en")) == filled
+    assert "| 74 秒 | 75.0 ± 1.0%（验证图片） |" in tables.fill_lessons(row, ENTRIES, tables.words("zh"))
+
+
+def test_tables_of_throughput():
+    report = json.loads(json.dumps(REPORT))  # from a file, in which all keys are texts
+    assert cells(tables.throughput_table(report, tables.words("en"))) == [
+        ["", "images per second", "share of the arithmetic limit"],
+        ["lesson", "2,000 (1,900 - 2,300)", "0.50"],
+        ["ceiling: ready-made batches", "2,500 (2,400 - 2,550)", "0.62"],
+        ["usual way", "1,000 (400 - 1,100)", "0.25"],
+    ]
+    assert cells(tables.ratios_table(report, tables.words("en"))) == [
+        ["ratio", "median (least to greatest)"],
+        ["speed: lesson / usual way", "2.00 (1.75 - 5.00)"],
+        ["time for an image: of 20,000 / of 1,000", "0.98 (0.90 - 1.20)"],
+    ]
+
+
+GROUP_SIZES = {"accuracy": {"1": [70.0, 72.0, 74.0], "16": [71.0, 71.5, 72.0]}}
+
+
+def test_table_of_group_sizes():
+    assert cells(tables.group_size_table(GROUP_SIZES, tables.words("en"))) == [
+        ["images in a group", "mean", "standard error", "every seed"],
+        ["1", "72.00 %", "1.15", "70.00, 72.00, 74.00"],  # 2 / sqrt(3)
+        ["16", "71.50 %", "0.29", "71.00, 71.50, 72.00"],
+    ]
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Let tables.py find these results, in place of those in docs/."""
+    (tmp_path / "docs").mkdir()
+    other = {"machine": MACHINE | {"processor": "Slide rule"}, "data": "photos"}
+    found = {"results": [*ENTRIES, ENTRIES[0] | other], "throughput": REPORT, "group_size": GROUP_SIZES}
+    for name, content in found.items():
+        (tmp_path / "docs" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    return found
+
+
+def test_every_table_goes_between_its_own_markers(measured):
+    say = tables.words("en")
+    report = json.loads(json.dumps(REPORT))
+    other = MACHINE_IN_WORDS.replace("Abacus", "Slide rule")
+    expected = {
+        "lessons": "| lesson | time |\n| `01_basic_training.py` | - | 86.3 % on training images |",
+        "runs": tables.runs_table(measured["results"], say),
+        "runs machine": f"Measured on {MACHINE_IN_WORDS} / {other}; data: random images, photos."
+        " Of several seeds: the mean ± the standard deviation.",
+        "schedulers": tables.arms_table(ENTRIES, "04", say),
+        "augmentation": "...",
+        "throughput": tables.throughput_table(report, say),
+        "ratios": tables.ratios_table(report, say),
+        "throughput machine": f"Measured on {MACHINE_IN_WORDS}; data: random images.",
+        "group size": tables.group_size_table(GROUP_SIZES, say),
+    }
+    text = "# A guide\n\n<!-- table: {} -->\n{}\n<!-- end of table -->\nand so on\n"
+    old = "| lesson | time |\n| `01_basic_training.py` | old | old |"
+    for name, table in expected.items():
+        assert tables.fill(text.format(name, old), "en") == text.format(name, table)
+    both = text.format("throughput", old) + text.format("augmentation", old)
+    new = text.format("throughput", expected["throughput"]) + text.format("augmentation", "...")
+    assert tables.fill(both, "en") == new
+
+
+def test_each_guide_is_filled_in_its_own_language(measured, monkeypatch, tmp_path):
+    guides = [tmp_path / "README.md", tmp_path / "README.zh-CN.md"]
+    for guide in guides:
+        guide.write_text("<!-- table: throughput machine -->\n<!-- end of table -->\n", encoding="utf-8")
+    monkeypatch.setattr(tables, "GUIDES", guides)
+    tables.main()
+    english, chinese = [guide.read_text(encoding="utf-8").splitlines()[1] for guide in guides]
+    assert english == f"Measured on {MACHINE_IN_WORDS}; data: random images."
+    assert chinese == f"测量环境：{MACHINE_IN_WORDS}；数据：随机图片。"
+    assert sorted(tmp_path.glob("README*")) == guides, "no temporary file is left"
+
+
+# group_size.py
+
+
+def test_a_group_size_is_judged_by_the_lessons_own_training(lessons, monkeypatch, capsys):
+    noted = []
+
+    def load_data(name, data_dir, train):
+        noted.append(("data", name, data_dir, train))
+        return "images", "labels", "classes", "the data"
+
+    def split_train_val(*args):
+        noted.append(("split", *args))
+        return "train set", "val set"
+
+    def train(*args):
+        noted.append(args)
+        print("an epoch's line, which nobody wants to see")
+        return [{"Accuracy/val": accuracy, "Accuracy/train": 99.0} for accuracy in [50.0, 80.0, 70.0]]
+
+    for stand_in in [load_data, split_train_val, train]:
+        monkeypatch.setattr(lessons["05"], stand_in.__name__, stand_in)
+    flags = ["--epochs", "3", "--subset", "9", "--data", "digits", "--data-dir", "photos"]
+    accuracy = group_size.final_accuracy(lessons["05"], flags, group_size=8, seed=5)
+    assert accuracy == 70, "after the last epoch, not after the best"
+    data, split, (args, arm, *rest, folder) = noted
+    assert data == ("data", "digits", Path("photos"), True)
+    assert split == ("split", "images", "labels", 5, 9)
+    assert (args.group_size, args.seed, args.epochs, args.subset, args.data) == (8, 5, 3, 9, "the data")
+    assert arm == "with_augmentation" and rest == ["train set", "val set", "classes"]
+    assert args.output_dir in folder.parents and not args.output_dir.exists(), "all in a temporary folder"
+    assert capsys.readouterr().out == ""
+
+
+def test_group_sizes_are_compared_with_the_first(monkeypatch, tmp_path, capsys):
+    runs = []
+
+    def final_accuracy(lesson, flags, size, seed):
+        runs.append((lesson.LESSON, flags, size, seed))
+        return {16: 70.0, 1: 60.0}[size] + 2 * seed
+
+    monkeypatch.setattr(group_size, "final_accuracy", final_accuracy)
+    flags = ["--epochs", "3", "--subset", "9", "--data", "digits", "--data-dir", "photos"]
+    wanted = ["--seeds", "1", "2", "3", "--group-sizes", "16", "1", "--json", str(tmp_path / "g.json")]
+    group_size.main([*flags, *wanted])
+    assert runs == [("05_data_augmentation", flags, size, seed) for seed in [1, 2, 3] for size in [16, 1]]
+    report = read_json(tmp_path / "g.json")
+    assert report.pop("machine") == common.describe_machine()
+    assert report == {"seeds": [1, 2, 3], "accuracy": {"16": [72, 74, 76], "1": [62, 64, 66]}}
+    error = "standard error of the mean 1.15"  # 2 / sqrt(3)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "Validation accuracy after 3 epochs on 9 images, seeds [1, 2, 3]:",
+        f"  groups of  16: mean 74.00 %, {error}  (72.00, 74.00, 76.00)",
+        f"  groups of   1: mean 64.00 %, {error}, 10.00 points behind groups of 16  (62.00, 64.00, 66.00)",
+    ]
+
+
+@pytest.mark.parametrize("flags", [["--epochs", "0"], ["--group-sizes", "16", "0"], ["--data", "photos"]])
+def test_group_size_refuses_bad_flags_before_it_trains(monkeypatch, flags, capsys):
+    monkeypatch.setattr(group_size, "final_accuracy", None)
+    with pytest.raises(SystemExit) as stop:
+        group_size.main(flags)
+    assert stop.value.code == 2
+
+
+def test_group_size_runs(tmp_path, capsys):
+    flags = ["--seeds", "1", "--group-sizes", "64", "--epochs", "1", "--subset", "64", "--data", "digits"]
+    group_size.main([*flags, "--json", str(tmp_path / "g.json")])
+    [accuracy] = read_json(tmp_path / "g.json")["accuracy"]["64"]
+    assert 0 <= accuracy <= 100 and f"mean {accuracy:.2f} %" in capsys.readouterr().out

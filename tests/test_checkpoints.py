@@ -135,17 +135,51 @@ def test_03_an_older_epoch_goes_on_in_a_run_of_its_own(lessons, tmp_path):
     assert sorted(runs) == ["digits_run_1", "digits_run_2"]
 
 
-def test_03_a_latest_checkpoint_alone_goes_on_without_its_best(lessons, tmp_path):
-    """Copied elsewhere, it has no best_model.pth beside it: the best of what follows takes its place."""
+def test_03_a_checkpoint_from_elsewhere_goes_on_in_a_new_run(lessons, tmp_path):
+    """Its best_model.pth need not be beside it: the best of what follows takes its place, or it itself."""
     lesson, folder = lessons["03"], folder_of(lessons["03"], tmp_path)
     run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 3)
     (tmp_path / "elsewhere").mkdir()
-    copy_of_it = tmp_path / "elsewhere" / "latest_checkpoint.pth"
-    copy_of_it.write_bytes((folder / "latest_checkpoint.pth").read_bytes())
-    output = run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 4, "--resume", copy_of_it)
-    best = load(tmp_path / "elsewhere" / "best_model.pth")["history"]
-    assert len(best) == 4
-    assert f"Best validation accuracy on digits: {best[-1]['Accuracy/val']:.2f} % in epoch 4." in output
+    copied = tmp_path / "elsewhere" / "latest_checkpoint.pth"
+    copied.write_bytes((folder / "latest_checkpoint.pth").read_bytes())
+    before = checkpoints_of(lesson, tmp_path)
+    for run, epochs in [(2, 3), (3, 4)]:
+        output = run_lesson(lesson, tmp_path, *FLAGS, "--epochs", epochs, "--resume", copied)
+        best = load(folder_of(lesson, tmp_path, run) / "best_model.pth")["history"]
+        assert len(best) in [3, epochs]
+        accuracy = f"{best[-1]['Accuracy/val']:.2f}"
+        assert f"Best validation accuracy on digits: {accuracy} % in epoch {len(best)}." in output
+        assert f"The checkpoints are in {folder_of(lesson, tmp_path, run)}." in output
+    assert checkpoints_of(lesson, tmp_path) == before
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["latest_checkpoint.pth"]
+
+
+def test_03_resumes_a_run_by_its_folder_too(lessons, tmp_path):
+    run_lesson(lessons["03"], tmp_path, *FLAGS)
+    folder = folder_of(lessons["03"], tmp_path)
+    output = run_lesson(lessons["03"], tmp_path, *FLAGS, "--epochs", 2, "--resume", folder)
+    assert "1 of 2 epochs are done" in output and f"The checkpoints are in {folder}." in output
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05"])
+def test_a_run_of_another_output_folder_is_left_alone(lessons, tmp_path, number):
+    """Its curves would go into a run of this one that has the same name."""
+    lesson, small = lessons[number], [*FLAGS, "--subset", 32]
+    for part in ["a", "b"]:
+        run_lesson(lesson, tmp_path / part, *small)
+    before = {
+        path: path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.suffix == ".pth" or "events" in path.name
+    }
+    flags = ["--resume", folder_of(lesson, tmp_path / "a")]
+    if number == "03":
+        output = run_lesson(lesson, tmp_path / "b", *small, *flags, "--epochs", 2)
+        assert f"The checkpoints are in {folder_of(lesson, tmp_path / 'b', 2)}." in output
+    else:
+        with pytest.raises(SystemExit, match=r"Name its --output-dir, or another one\.$"):
+            run_lesson(lesson, tmp_path / "b", *small, *flags)
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 @pytest.mark.parametrize("number", ["03", "04", "05"])
@@ -400,9 +434,10 @@ def test_unusable_checkpoints_get_one_sentence(finished, lessons, tmp_path, numb
         }
         for key in good:
             unusable[f"without {key}"] = {name: value for name, value in good.items() if name != key}
+    runs = tmp_path / "out" / "artifacts" / "checkpoints" / lesson.LESSON
     assert history
     for name, what in unusable.items():
-        words, path = offer(number, what, tmp_path / name)
+        words, path = offer(number, what, runs / name)
         with pytest.raises(SystemExit) as error:
             resume(lesson, tmp_path / "out", *words)
         message = str(error.value.code)
@@ -411,8 +446,8 @@ def test_unusable_checkpoints_get_one_sentence(finished, lessons, tmp_path, numb
         with pytest.raises(SystemExit, match="another one") as error:
             resume(lesson, tmp_path / "out", "--checkpoint" if number == "06" else "--resume", words)
     assert not (tmp_path / "was_run").exists()
-    made = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert made == []
+    made = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and runs not in path.parents]
+    assert made == [] and not list(runs.glob("digits_run_*/*"))
     lesson.load_checkpoint(latest_of(finished, number))
 
 
@@ -424,16 +459,18 @@ def test_unusable_checkpoints_get_one_sentence(finished, lessons, tmp_path, numb
 )
 def test_strange_settings_in_a_checkpoint_get_status_2(finished, lessons, tmp_path, number, change, capsys):
     good = load(latest_of(finished, number))
-    words, _ = offer(number, good | {"hyperparameters": good["hyperparameters"] | change}, tmp_path / "x")
+    runs = tmp_path / "artifacts" / "checkpoints" / lessons[number].LESSON
+    words, path = offer(number, good | {"hyperparameters": good["hyperparameters"] | change}, runs / "x")
     with pytest.raises(SystemExit) as error:
-        resume(lessons[number], tmp_path / "out", *words)
-    assert error.value.code == 2 and not (tmp_path / "out").exists()
+        resume(lessons[number], tmp_path, *words)
+    assert error.value.code == 2 and [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
 
 
 @pytest.mark.parametrize("number", ["03", "04", "05"])
 def test_a_resumed_run_keeps_its_settings(finished, lessons, tmp_path, number, capsys):
     good = load(latest_of(finished, number))
-    words, _ = offer(number, good, tmp_path / "x")
+    runs = tmp_path / "artifacts" / "checkpoints" / lessons[number].LESSON
+    words, _ = offer(number, good, runs / "x")
     for flag, value in [("--seed", 1), ("--batch-size", 7), ("--lr", 0.5), ("--subset", 100)]:
         with pytest.raises(SystemExit) as error:
             resume(lessons[number], tmp_path, *words, flag, value)
@@ -445,7 +482,7 @@ def test_a_resumed_run_keeps_its_settings(finished, lessons, tmp_path, number, c
             resume(lessons[number], tmp_path, *words, "--epochs", 3)
         assert "--epochs, here 1" in capsys.readouterr().err
     elsewhere = {"03": "04", "04": "05", "05": "04"}[number]
-    words, _ = offer(number, load(latest_of(finished, elsewhere)), tmp_path / "y")
+    words, _ = offer(number, load(latest_of(finished, elsewhere)), runs / "y")
     with pytest.raises(SystemExit) as error:
         resume(lessons[number], tmp_path, *words)
     assert error.value.code == 2 and lessons[elsewhere].LESSON in capsys.readouterr().err

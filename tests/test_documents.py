@@ -9,6 +9,7 @@ import tables
 from conftest import PATHS, ROOT
 
 LESSONS = list(PATHS.values())
+CPU_FLAGS = ["--device", "cpu"]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "src").rglob("*.md"), *LESSONS, *(ROOT / "src/benchmarks").glob("*.py")]
 )
@@ -48,7 +49,7 @@ def anchors(path):
 def test_every_command_parses_with_its_scripts_own_parser(lessons, document):
     for file, number, flags in LESSON_COMMAND.findall(read(document)):
         assert (ROOT / file.replace("\\", "/")).exists(), file
-        lessons[number].build_parser().parse_args(shlex.split(flags))
+        lessons[number].parse_args([*shlex.split(flags), *CPU_FLAGS])
     for script, flags in BENCHMARK_COMMAND.findall(read(document)):
         assert (ROOT / "src" / "benchmarks" / f"{script}.py").exists(), script
         if flags.strip():
@@ -152,3 +153,14 @@ def test_readme_lists_every_lesson_and_the_two_commands():
     )
     assert install + "src/experiments/model_train/01_basic_training.py\n" in readme
     assert install + "-m pytest\n" in readme
+
+
+def test_the_two_lists_of_requirements_are_one():
+    """pyproject.toml serves tools that read it, requirements.txt pip; and an old Python is refused at once."""
+    project = read(ROOT / "pyproject.toml")
+    listed = re.findall(r'^    "([^"]+)",$', project.split("dependencies = [")[1].split("]")[0], flags=re.M)
+    assert listed == read(ROOT / "requirements.txt").split()
+    assert 'requires-python = ">=3.10"' in project
+    assert "tensorboard>=2.21" in listed, "older ones do not start beside a new setuptools"
+    first_lines = read(ROOT / "README.md").split("## Lessons")[0]
+    assert "python3 --version" in first_lines and "3.10" in first_lines

@@ -1,12 +1,9 @@
 """What can go wrong while a lesson runs: nothing is lost, and one clear sentence says what to do."""
 
-import contextlib
 import io
-import json
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -19,14 +16,24 @@ import numpy as np
 import pytest
 import torch
 from common import read_scalars
-from conftest import FLAGS, NUMBERS, PATHS, assert_same_state, folder_of, load, run_lesson
+from conftest import (
+    CPU,
+    FLAGS,
+    NUMBERS,
+    PATHS,
+    UNIX,
+    assert_same_state,
+    checkpoints_of,
+    folder_of,
+    load,
+    parser_of,
+    run_lesson,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-UNIX = pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of Linux and macOS")
 
 # Numbers
 
@@ -36,24 +43,25 @@ UNIX = pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of 
 def test_a_learning_rate_out_of_all_reason_ends_the_lesson(lessons, tmp_path, number):
     with pytest.raises(SystemExit, match=r"^Epoch \d+, .+: the loss is (nan|inf), .* --lr is too high"):
         run_lesson(lessons[number], tmp_path, "--lr", 1e9, "--epochs", 3, "--batch-size", 16)
-    assert not list(tmp_path.rglob("*.pth"))
+    kept = [path for path in tmp_path.rglob("*.pth") if load(path)["history"]]
+    assert kept == [], "nothing but the state before the first epoch"
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_nan_is_noticed_within_20_batches(lessons, number):
-    batches = []
+def test_nan_is_noticed_within_100_batches(lessons, number):
+    images = TensorDataset(torch.zeros(230, 32, 32, 3, dtype=torch.uint8), torch.zeros(230).long())
+    for bad, noticed in [(3, 101), (102, 115)]:
+        batches = []
 
-    def loss_fn(logits, labels):
-        batches.append(labels)
-        return nn.functional.cross_entropy(logits, labels) * (float("nan") if len(batches) == 3 else 1)
+        def loss_fn(logits, labels, batches=batches, bad=bad):
+            batches.append(labels)
+            return nn.functional.cross_entropy(logits, labels) * (float("nan") if len(batches) == bad else 1)
 
-    model = lessons[number].SimpleCNN()
-    loader = DataLoader(
-        TensorDataset(torch.zeros(60, 32, 32, 3, dtype=torch.uint8), torch.zeros(60).long()), 2
-    )
-    with pytest.raises(SystemExit, match="^Epoch 7, batch 20: the loss is nan"):
-        lessons[number].train_one_epoch(model, loader, loss_fn, torch.optim.SGD(model.parameters()), "cpu", 7)
-    assert len(batches) == 20
+        model = lessons[number].SimpleCNN()
+        optimizer = torch.optim.SGD(model.parameters())
+        with pytest.raises(SystemExit, match=f"^Epoch 7, batch {noticed}: the loss is nan"):
+            lessons[number].train_one_epoch(model, DataLoader(images, 2), loss_fn, optimizer, CPU, 7)
+        assert len(batches) == noticed
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -63,16 +71,16 @@ def test_a_bad_loss_is_never_saved(finished, lessons, tmp_path, monkeypatch, num
     """Neither over the latest checkpoint nor over the best model, even if the accuracy seems to be better."""
     lesson = lessons[number]
     shutil.copytree(finished(number).folder, tmp_path, dirs_exist_ok=True)
-    latest = folder_of(lesson, tmp_path) / "latest_checkpoint.pth"
-    if number != "03":  # go on with the last arm as if one more epoch were to be trained
-        checkpoint = load(latest)
-        checkpoint["hyperparameters"]["epochs"] = 2
-        lesson.save_checkpoint(checkpoint, latest)
-    before = {path.name: path.read_bytes() for path in latest.parent.iterdir()}
+    if number != "03":  # go on as if one more epoch were to be trained
+        for path in folder_of(lesson, tmp_path).rglob("*.pth"):
+            checkpoint = load(path)
+            checkpoint["hyperparameters"]["epochs"] = 2
+            lesson.save_checkpoint(checkpoint, path)
+    before = checkpoints_of(lesson, tmp_path)
     monkeypatch.setattr(lesson, "evaluate", lambda *_: (loss, 100.0))
     with pytest.raises(SystemExit, match="^Epoch 2, validation: the loss is"):
         run_lesson(lesson, tmp_path, "--epochs", 2, "--resume")
-    assert {path.name: path.read_bytes() for path in latest.parent.iterdir()} == before
+    assert before and checkpoints_of(lesson, tmp_path) == before
 
 
 # Checkpoints
@@ -81,7 +89,7 @@ def test_a_bad_loss_is_never_saved(finished, lessons, tmp_path, monkeypatch, num
 def test_damage_anywhere_in_a_checkpoint_is_noticed(finished, lessons, tmp_path):
     """Cut off at 20 places, and with one bit changed at 60: refused, unless the weights are the same all the same."""
     lesson, place = lessons["03"], random.Random(0)
-    content = (finished("03").artifacts / "checkpoints" / lesson.LESSON / "best_model.pth").read_bytes()
+    content = (folder_of(lesson, finished("03").folder) / "best_model.pth").read_bytes()
     weights = load(io.BytesIO(content))["model"]
     path, refused = tmp_path / "x.pth", 0
     damaged = [content[: len(content) * i // 20] for i in range(20)]
@@ -91,59 +99,16 @@ def test_damage_anywhere_in_a_checkpoint_is_noticed(finished, lessons, tmp_path)
     for damage in damaged:
         path.write_bytes(damage)
         try:
-            _, model = lesson.load_checkpoint(path)
+            model = lesson.SimpleCNN()
+            lesson.load_checkpoint(path, {"model": model})
         except SystemExit as error:
-            assert str(error.code).startswith(f"{path} is damaged, or no checkpoint") and "\n" not in str(
-                error.code
-            )
+            assert str(error.code).startswith(
+                f"{path} is damaged or not for this lesson"
+            ) and "\n" not in str(error.code)
             refused += 1
         else:
             assert all(torch.equal(model.state_dict()[name], weights[name]) for name in weights)
     assert refused >= 70
-
-
-@pytest.mark.parametrize("number", ["03", "04", "05"])
-def test_resume_names_the_newest_file_that_can_be_read(finished, lessons, tmp_path, number):
-    lesson = lessons[number]
-    source = finished(number).artifacts / "checkpoints" / lesson.LESSON / "latest_checkpoint.pth"
-    folder = folder_of(lesson, tmp_path)
-    folder.mkdir(parents=True)
-    names = ["checkpoint_epoch_5.pth", "best_model.pth", "checkpoint_epoch_10.pth", "latest_checkpoint.pth"]
-    for i, name in enumerate(names):
-        shutil.copy(source, folder / name)
-        os.utime(folder / name, (1000 + i, 1000 + i))
-    for i in [3, 2]:  # the last is damaged, then the last but one as well
-        (folder / names[i]).write_bytes(source.read_bytes()[:5000])
-        os.utime(folder / names[i], (1000 + i, 1000 + i))
-        with pytest.raises(SystemExit, match=re.escape(f"that can be read is {folder / names[i - 1]}.")):
-            run_lesson(lesson, tmp_path, "--resume")
-    (folder / names[3]).unlink()  # killed before the first one was written
-    with pytest.raises(
-        SystemExit, match=r"^There is no checkpoint .* that can be read is .*best_model.pth\.$"
-    ):
-        run_lesson(lesson, tmp_path, "--resume")
-
-
-@pytest.mark.parametrize("number", ["03", "04", "05", "06"])
-def test_an_older_layout_is_refused(finished, lessons, tmp_path, number):
-    """One that lacks any of the keys."""
-    lesson = lessons[number]
-    checkpoint = load(next(finished(number).artifacts.glob("checkpoints/**/*.pth")))
-    for key in checkpoint:
-        lesson.save_checkpoint({k: checkpoint[k] for k in checkpoint.keys() - {key}}, tmp_path / "x.pth")
-        with pytest.raises(SystemExit, match=r"\(KeyError\)"):
-            lesson.load_checkpoint(tmp_path / "x.pth")
-
-
-@pytest.mark.parametrize("number", ["03", "04", "05"])
-def test_a_checkpoint_with_other_settings_is_refused(finished, lessons, tmp_path, number, capsys):
-    lesson = lessons[number]
-    checkpoint = load(folder_of(lesson, finished(number).folder) / "latest_checkpoint.pth")
-    del checkpoint["hyperparameters"]["lr"]
-    lesson.save_checkpoint(checkpoint, tmp_path / "x.pth")
-    with pytest.raises(SystemExit) as error:
-        run_lesson(lesson, tmp_path, "--resume", tmp_path / "x.pth")
-    assert error.value.code == 2 and "another version" in capsys.readouterr().err
 
 
 # Files and folders
@@ -177,31 +142,6 @@ def test_a_deleted_tensorboard_folder_does_not_stop_the_training(lessons, tmp_pa
     assert list((tmp_path / "tensor_board").rglob("events*"))
 
 
-@pytest.mark.parametrize("number", ["01", "04", "05", "06"])
-def test_pictures_and_reports_are_replaced_whole_or_not_at_all(
-    finished, lessons, tmp_path, monkeypatch, number
-):
-    """An error in the middle of writing leaves those of the run before."""
-    shutil.copytree(finished(number).folder, tmp_path, dirs_exist_ok=True)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in [".png", ".json"]}
-    assert before
-
-    def half(figure, path, **_):
-        Path(path).write_bytes(b"\x89PNG and no more")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr("matplotlib.figure.Figure.savefig", half)
-        run_lesson(lessons[number], tmp_path, "--subset", 32)
-    changed = [path.name for path in before if path.read_bytes() != before[path]]
-    assert changed in [[], ["evaluation_report.json"]], "the report is written before the first picture"
-    if number == "06":
-        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-            context.setattr(Path, "write_text", lambda path, text, **_: half(None, path))
-            run_lesson(lessons[number], tmp_path, "--subset", 32)
-        json.loads((tmp_path / "artifacts" / "evaluation_report.json").read_text(encoding="utf-8"))
-
-
 TOO_SMALL = """
 import resource, runpy, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
@@ -212,7 +152,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @UNIX
 def test_a_disk_that_fills_up_gets_one_sentence_and_status_1(tmp_path):
-    """No file may grow beyond 1,000 bytes, as soon TensorBoard's does, which a thread of its own writes."""
+    """No file may grow beyond 1,000 bytes, as soon TensorBoard's does, which a thread of its own writes.
+
+    What that thread prints by itself stands beside the sentence.
+    """
     command = [
         sys.executable,
         "-c",
@@ -225,7 +168,9 @@ def test_a_disk_that_fills_up_gets_one_sentence_and_status_1(tmp_path):
     ]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert process.returncode == 1
-    [line] = process.stderr.splitlines()
+    [line] = [
+        line for line in process.stderr.splitlines() if line.startswith("Cannot use a file or folder: ")
+    ]
     assert "File too large" in line and "--output-dir" in line
 
 
@@ -265,7 +210,7 @@ class ReachedTheData(Exception):
 def test_no_arguments_bring_a_traceback(finished, lessons, tmp_path, monkeypatch, request, number, capsys):
     """Every flag with anything behind it: a status of 2 or a sentence, unless the lesson goes on to load its data."""
     lesson = lessons[number]
-    flags = [action.option_strings[-1] for action in lesson.build_parser()._actions if action.dest != "help"]
+    flags = [action.option_strings[-1] for action in parser_of(lesson)._actions if action.dest != "help"]
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished(number).folder, tmp_path, dirs_exist_ok=True)
 
@@ -371,80 +316,62 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(
     if number == "04" and request.config.getoption("--kills") == 1:
         pytest.skip("tried with --kills 2 and more")
     lesson, (whole, seconds, flags) = lessons[number], uninterrupted(number)
-    draw = random.Random(request.config.getoption("--kills"))
+    draw, resumed = random.Random(request.config.getoption("--kills")), 0
     for i in range(request.config.getoption("--kills")):
         folder = tmp_path / str(i)
-        at = draw.randint(1, 6) if i % 3 == 0 else 0
+        at = (
+            (5 if i == 0 else draw.randint(1, 9)) if i % 3 == 0 else 0
+        )  # 5: best_model.pth or the latest of epoch 2
         killed = stop(number, flags, folder, at, draw.uniform(0, seconds), signal.SIGKILL)
         time.sleep(1)  # TensorBoard sorts the files of a run by the second in which they were begun
-        checkpoints = folder_of(lesson, folder)
-        there = (checkpoints / "latest_checkpoint.pth").exists()
+        there = bool(list(folder_of(lesson, folder).rglob("latest_checkpoint.pth")))
         output = run_lesson(lesson, folder, *flags, *(["--resume"] if there else []))
+        resumed += bool(re.search("[1-9] of 4 epochs are done", output))
         printed = len(re.findall("^Epoch ", killed.output, flags=re.MULTILINE))
         again = len(re.findall("^Epoch ", output, flags=re.MULTILINE))
         total = 8 if number == "04" else 4
         assert total - printed <= again <= total - printed + 1, (
             "at most the epoch that was not saved is repeated"
         )
-        for path in folder_of(lesson, whole).iterdir():
-            assert_same_state(load(checkpoints / path.name), load(path))
+        run = sorted(folder_of(lesson, folder).parent.iterdir())[-1]
+        for path in folder_of(lesson, whole).rglob("*.pth"):
+            assert_same_state(load(run / path.relative_to(folder_of(lesson, whole))), load(path))
         for events in (whole / "tensor_board").rglob("events*"):
-            # A run that was killed before its first checkpoint began anew, as run_2.
-            runs = sorted((folder / events.parent.parent.relative_to(whole)).iterdir())
-            assert read_scalars(runs[-1]) == read_scalars(events.parent), "the same points, each of them once"
+            curves = events.parent.relative_to(folder_of_curves(lesson, whole))
+            points, expected = (
+                read_scalars(folder_of_curves(lesson, folder, run.name) / curves),
+                read_scalars(events.parent),
+            )
+            for scalars in [points, expected]:
+                scalars.pop("Seconds", None)
+            assert points == expected, "the same points, each of them once"
+    assert resumed, "one of them was killed after its first epoch"
+
+
+def folder_of_curves(lesson, output_dir, run="digits_run_1"):
+    return output_dir / "tensor_board" / lesson.LESSON / run
 
 
 @UNIX
 @pytest.mark.parametrize("number", NUMBERS)
 def test_interrupted_at_any_moment_it_says_so_in_one_line(lessons, tmp_path, number, request):
     rounds = request.config.getoption("--kills")
-    if rounds == 1 and number != "06":
+    if rounds == 1 and number not in ["03", "06"]:
         pytest.skip("tried with --kills 2 and more")
     draw = random.Random(rounds)
     for i in range(rounds):
         folder = tmp_path / str(i)
-        flags = [*FLAGS, "--epochs", "3", *(["--schedulers", "StepLR"] if number == "04" else [])]
+        flags = [*FLAGS, "--epochs", "100000", *(["--schedulers", "StepLR"] if number == "04" else [])]
         stopped = stop(number, flags, folder, 0, draw.uniform(0, 3), signal.SIGINT)
-        if stopped.returncode == 0:
-            continue  # it was quicker
         assert stopped.returncode == 130, stopped.errors
         [line] = stopped.errors.strip().splitlines()
         assert line.startswith("Stopped.")
-        for path in folder.rglob("*.png"):
-            assert path.read_bytes().rstrip().endswith(b"IEND\xaeB`\x82"), path
-        for path in folder.rglob("*.json"):
-            json.loads(path.read_text(encoding="utf-8"))
+        if number in ["03", "04", "05"]:
+            assert f"--resume {folder_of(lessons[number], folder)}" in line
         for path in folder.rglob("*.pth"):
             lessons[number].load_checkpoint(path)
         for events in folder.rglob("events*"):
             read_scalars(events.parent)
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("error", ["KeyboardInterrupt", "ModuleNotFoundError: No module named 'numpy'"])
-def test_stopped_while_it_begins_it_shows_no_traceback(tmp_path, number, error):
-    """By Ctrl-C while the libraries load, or by one that is not installed."""
-    kind, _, text = error.partition(": ")
-    (tmp_path / "numpy.py").write_text(
-        f"raise {kind}({text!r})", encoding="utf-8"
-    )  # found before the real one
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, str(PATHS[number])]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert process.returncode != 0 and process.stdout == ""
-    assert process.stderr.strip() == error
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-def test_an_error_that_nobody_foresaw_shows_where_it_happened(monkeypatch, number):
-    monkeypatch.setattr(sys, "argv", [str(PATHS[number]), "--epochs", "none"])
-    monkeypatch.setattr("threading.excepthook", None)  # the lessons set it: put it back afterwards
-    with (
-        pytest.raises(SystemExit),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):  # as in a notebook: no reconfigure()
-        runpy.run_path(str(PATHS[number]), run_name="__main__")
-    assert not hasattr(sys, "tracebacklimit")
 
 
 # Pictures
@@ -455,7 +382,7 @@ def test_03_reads_pictures_of_every_kind(lessons, tmp_path):
     red = Image.new("RGB", (50, 40), (200, 0, 0))
     pictures = {
         "a.png": red, "b.jpg": red, "c.webp": red, "d.gif": red, "e.bmp": red, "f.tiff": red,
-        "palette.png": red.convert("P"), "transparent.png": red.convert("RGBA"),
+        "palette.png": red.convert("P"), "opaque.png": red.convert("RGBA"),
         "cmyk.jpg": red.convert("CMYK"), "one_pixel.png": red.resize((1, 1)), "line.png": red.resize((3000, 1)),
     }  # fmt: skip
     for name, picture in pictures.items():
@@ -469,16 +396,65 @@ def test_03_reads_pictures_of_every_kind(lessons, tmp_path):
         assert set(lessons["03"].read_picture(tmp_path / name).flatten().tolist()) == {128}, name
 
 
-def test_03_refuses_pictures_that_would_fill_the_memory(lessons, tmp_path):
+def test_03_puts_transparent_pictures_on_white(lessons, tmp_path):
+    """What is hidden under the transparency does not count, whatever kind of transparency it is."""
+    hidden = Image.new("RGBA", (40, 40), (200, 0, 0, 0))
+    half = Image.new("RGBA", (40, 40), (200, 0, 0, 255))
+    half.paste((0, 0, 200, 0), (0, 0, 40, 20))
+    grey = Image.new("LA", (40, 40), (10, 0))
+    palette = Image.new("P", (40, 40), 3)
+    palette.putpalette([0, 0, 0, 10, 10, 10, 20, 20, 20, 200, 0, 0])
+    hidden.save(tmp_path / "rgba.png")
+    grey.save(tmp_path / "grey.png")
+    palette.save(tmp_path / "palette.png", transparency=3)
+    for name in ["rgba.png", "grey.png", "palette.png"]:
+        assert set(lessons["03"].read_picture(tmp_path / name).flatten().tolist()) == {255}, name
+    half.save(tmp_path / "half.png")
+    picture = lessons["03"].read_picture(tmp_path / "half.png")[0]
+    assert picture[4, 16].tolist() == [255, 255, 255] and picture[28, 16].tolist() == [200, 0, 0]
+
+
+def test_03_scales_deep_grey_pictures_or_refuses_them(lessons, tmp_path):
+    """16 bits a pixel are scaled; whole and decimal numbers of any range are refused, not turned black or white."""
+    pixels = np.linspace(0, 1, 1600, dtype=np.float32).reshape(40, 40)
+    Image.fromarray(pixels).save(tmp_path / "float.tiff")
+    Image.fromarray((pixels * 70_000).astype(np.int32)).save(tmp_path / "int.tiff")
+    for name in ["float.tiff", "int.tiff"]:
+        with pytest.raises(SystemExit, match=r"has grey values of an unknown range\. Save it with 8 bits"):
+            lessons["03"].read_picture(tmp_path / name)
+    Image.fromarray((pixels * 65_535).astype(np.uint16)).save(tmp_path / "16_bits.tiff")
+    Image.fromarray((pixels * 255).astype(np.uint8)).save(tmp_path / "8_bits.png")
+    deep, plain = (
+        lessons["03"].read_picture(tmp_path / name).int() for name in ["16_bits.tiff", "8_bits.png"]
+    )
+    assert (deep - plain).abs().max() <= 1 and plain.max() > 200
+
+
+def test_03_says_what_is_wrong_with_a_picture(lessons, tmp_path):
+    """Too large, cut off, of a kind that Pillow does not know, or not there at all: each in a sentence of its own."""
     Image.new("1", (20_000, 20_000)).save(tmp_path / "large.png")
-    with pytest.raises(
-        SystemExit, match=r" is 20000 x 20000, over 50 million pixels\. Scale it down first\.$"
-    ):
-        lessons["03"].read_picture(tmp_path / "large.png")
     Image.new("RGB", (500, 500), (9, 99, 200)).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
     with ZipFile(tmp_path / "zip.png", "w") as file:
         file.writestr("x", "no picture")
-    for name in ["cut.jpg", "zip.png"]:
-        with pytest.raises(SystemExit, match="^Cannot read .* as a picture"):
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
+    sentences = {
+        "large.png": "it is damaged: .*exceeds limit",
+        "cut.jpg": "it is damaged: .*truncated",
+        "zip.png": "convert HEIC first",
+        "phone.heic": "convert HEIC first",
+        "missing.png": "there is no such file",
+        ".": "there is no such file",
+    }
+    for name, sentence in sentences.items():
+        with pytest.raises(SystemExit, match=f"^Cannot read .* as a picture.*{sentence}") as error:
             lessons["03"].read_picture(tmp_path / name)
+        assert "\n" not in error.value.code
+
+
+@UNIX
+def test_03_does_not_wait_for_a_pipe(lessons, tmp_path):
+    """In which nobody writes: to open it would take for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SystemExit, match="there is no such file"):
+        lessons["03"].read_picture(tmp_path / "pipe")

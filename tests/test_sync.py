@@ -31,7 +31,8 @@ TEXT_EXCEPTIONS = {
 
 # What differs inside train(), whose other lines are those of the lesson before: words of the lines that change.
 TRAIN_LINES = {
-    "03": "epoch resumed folder latest best parts generators checkpoint save history epochs purge_step run_dir not Returns",
+    "03": "epoch resumed folder latest "
+    "best parts generators checkpoint save history epochs purge_step run_dir not Returns",
     "04": "name schedul latest best folder history resumed checkpoint save run_dir hparams settings summary "
     "add_summary val_loss else NEW epoch row epochs Returns Validates",
     "05": "augment dropout ARMS loss_fn optimizer schedul name NEW Label class Nesterov val_loss model else epoch "
@@ -57,12 +58,12 @@ DIFF_BUDGET = {"02": (141, 36), "03": (175, 55), "04": (120, 90), "05": (157, 96
 
 # How long a lesson may be, blank lines and docstring included: as a whole, and above the dividing comment.
 LENGTHS = {
-    "01": (206, 112),
-    "02": (319, 201),
-    "03": (445, 299),
-    "04": (481, 336),
-    "05": (543, 399),
-    "06": (579, 457),
+    "01": (211, 112),
+    "02": (325, 202),
+    "03": (456, 305),
+    "04": (494, 344),
+    "05": (559, 410),
+    "06": (593, 466),
 }
 
 
@@ -118,9 +119,12 @@ def test_a_reader_who_stops_at_the_divider_has_read_the_lesson(number):
     expected = {"01": begin[:2], "02": begin[:4]}.get(number, begin)
     assert names[: len(expected)] == expected and names[-1] == "main"
     plumbing = re.findall(r"^(?:def|class) (\w+)", below, flags=re.MULTILINE)
-    assert plumbing[:3] == ["stop_if_diverged", "to_input", "load_data"] and plumbing.count("parse_args") == 1
+    assert (
+        plumbing[:4] == ["stop_if_diverged", "to_device", "to_input", "load_data"]
+        and plumbing.count("parse_args") == 1
+    )
     shared = {"split_train_val", "new_run_dirs", "find_newest", "resume_hint"}
-    assert set(plumbing[3:]) - {"parse_args"} <= shared
+    assert set(plumbing[4:]) - {"parse_args"} <= shared
 
 
 @pytest.mark.parametrize("number", NUMBERS)

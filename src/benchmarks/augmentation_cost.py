@@ -1,6 +1,6 @@
 """Measure what each transform of lesson 05 costs, and what is saved when a group of images shares one.
 
-    python src/benchmarks/augmentation_cost.py                                     # a minute on 2 CPU cores
+    python src/benchmarks/augmentation_cost.py                                     # within a minute
     python src/benchmarks/augmentation_cost.py --json docs/augmentation_cost.json  # keep the figures as well
 
 It times every transform alone, always applied, in groups as large as the lesson's; ColorJitter once more
@@ -12,6 +12,7 @@ round, so that a slow moment of the machine hits all alike.
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,18 +31,16 @@ def transform_in_groups(transform, images, group_size):
 
 def build_tasks(images):
     """Return what is timed, {name: function}, for images uint8 (N, 32, 32, 3)."""
-    transforms = dict(load_lesson("05").TRANSFORMS)
-    together = transforms.pop("all together")
-    jitter = transforms["ColorJitter"]
+    lesson = load_lesson("05")
+    jitter, together = lesson.TRANSFORMS["ColorJitter"], v2.Compose(lesson.AUGMENTATION)
     without_hue = v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation)
-    transforms["ColorJitter without hue"] = without_hue
-    timed = [(name, transform, GROUP_SIZE) for name, transform in transforms.items()]
+    alone = lesson.TRANSFORMS | {"ColorJitter without hue": without_hue}
+    timed = [(name, transform, GROUP_SIZE) for name, transform in alone.items()]
     timed += [("all together", together, size) for size in GROUP_SIZES]
-
-    def task(transform, size):  # a function of its own, so that every task keeps its own transform and size
-        return lambda: transform_in_groups(transform, images, size)
-
-    return {f"{name}, groups of {size}": task(transform, size) for name, transform, size in timed}
+    return {
+        f"{name}, groups of {size}": partial(transform_in_groups, transform, images, size)
+        for name, transform, size in timed
+    }
 
 
 def build_parser():

@@ -65,10 +65,10 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
     """Train on every batch of the loader once. Returns the mean loss and the accuracy in percent."""
     model.train()
     total_loss = correct = 0  # sums over images: in a mean of batch means, a small last batch weighs too much
-    # NEW in 02: a progress bar in a terminal
+    # NEW in 02: a progress bar, in a terminal only (disable=None)
     bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)
     for batch, (images, labels) in enumerate(bar, start=1):
-        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
+        images, labels = to_input(images, device), to_device(labels, device)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
         logits = model(images)  # (N, 10)
         loss = loss_fn(logits, labels)
@@ -79,7 +79,7 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)  # detach(): without what backward() needs
+        total_loss += loss.detach() * len(labels)  # detach(): the number, not how it came about
         correct += (logits.argmax(dim=1) == labels).sum()
         if batch % 100 == 1 or batch == len(loader):  # seldom: reading a number makes a GPU wait
             stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
@@ -95,7 +95,7 @@ def evaluate(model, loader, device):
     model.eval()
     total_loss = correct = 0
     for images, labels in loader:
-        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
+        images, labels = to_input(images, device), to_device(labels, device)
         logits = model(images)  # (N, 10)
         total_loss += F.cross_entropy(logits, labels) * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
@@ -120,13 +120,13 @@ def train(args, train_set, val_set, class_names):
     """Train a new SimpleCNN. Returns it and its history, a list with the figures of every epoch."""
     torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
     shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
-    pinned = args.device.type == "cuda"  # locked memory: a GPU copies from it while the CPU goes on
+    pinned = args.device.type == "cuda"  # memory from which a GPU copies while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
     val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep
     model = SimpleCNN(len(class_names)).to(args.device)
     loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
-    [run_dir] = new_run_dirs(args.data, args.output_dir / "tensor_board" / LESSON)
+    run_dir = new_run_dirs(args.data, args.output_dir / "tensor_board" / LESSON)[0]
     history = []
     with SummaryWriter(run_dir) as writer:
         writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
@@ -159,7 +159,8 @@ def find_overfitting(history):
             signs.setdefault("training accuracy is more than 10 points above validation accuracy", epoch)
         last_four = history[max(0, epoch - 4) : epoch]  # between four epochs lie three changes
         train, val = ([row[name] for row in last_four] for name in ["Loss/train", "Loss/val"])
-        if len(val) == 4 and val == sorted(set(val)) and train == sorted(set(train), reverse=True):
+        rises, falls = val == sorted(set(val)), train == sorted(set(train), reverse=True)
+        if len(last_four) == 4 and rises and falls:
             signs.setdefault("validation loss has risen for 3 epochs while training loss fell", epoch)
     return signs
 
@@ -182,7 +183,7 @@ def show_modes(model, images, device):
 
 def main(argv=None):
     args = parse_args(argv)
-    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
+    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # auto no more
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
     print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
     model, history = train(args, train_set, val_set, class_names)
@@ -224,14 +225,19 @@ def stop_if_diverged(loss, epoch, where):
         sys.exit(f"Epoch {epoch}, {where}: the loss is {loss}, so it stops. Usual cause: --lr is too high.")
 
 
+def to_device(tensor, device):
+    """Copy a tensor to the device. To cuda, without waiting for the copy: from pinned memory that is safe."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def to_input(images, device):
     """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
-    images = images.to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
+    images = to_device(images, device).permute(0, 3, 1, 2)
     # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), which is
     # quick to convolve. But on a Mac's GPU, many versions of PyTorch train BatchNorm wrongly that way.
     if device.type == "mps":
         images = images.contiguous()
-    return (images.float() / 255 - MEAN.to(device)) / STD.to(device)
+    return (images.float() / 255 - to_device(MEAN, device)) / to_device(STD, device)
 
 
 def load_data(name, data_dir, train):

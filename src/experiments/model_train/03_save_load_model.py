@@ -71,7 +71,7 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
     total_loss = correct = 0  # sums over images: in a mean of batch means, a small last batch weighs too much
     bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)
     for batch, (images, labels) in enumerate(bar, start=1):
-        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
+        images, labels = to_input(images, device), to_device(labels, device)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
         logits = model(images)  # (N, 10)
         loss = loss_fn(logits, labels)
@@ -82,7 +82,7 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)  # detach(): without what backward() needs
+        total_loss += loss.detach() * len(labels)  # detach(): the number, not how it came about
         correct += (logits.argmax(dim=1) == labels).sum()
         if batch % 100 == 1 or batch == len(loader):  # seldom: reading a number makes a GPU wait
             stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
@@ -97,7 +97,7 @@ def evaluate(model, loader, device):
     model.eval()
     total_loss = correct = 0
     for images, labels in loader:
-        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
+        images, labels = to_input(images, device), to_device(labels, device)
         logits = model(images)  # (N, 10)
         total_loss += F.cross_entropy(logits, labels) * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
@@ -165,7 +165,7 @@ def train(args, train_set, val_set, class_names, folder, resumed):
     """
     torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
     shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
-    pinned = args.device.type == "cuda"  # locked memory: a GPU copies from it while the CPU goes on
+    pinned = args.device.type == "cuda"  # memory from which a GPU copies while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
     val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep
     model = SimpleCNN(len(class_names)).to(args.device)
@@ -173,10 +173,9 @@ def train(args, train_set, val_set, class_names, folder, resumed):
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
     # NEW in 03: what another process needs to go on as if nothing had happened: weights, momentum, and chance
     parts = {"model": model, "optimizer": optimizer}
-    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # of random numbers
+    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # all that draws lots
     latest, best = folder / "latest_checkpoint.pth", folder / "best_model.pth"
     history = load_checkpoint(resumed, parts, generators)["history"] if resumed else []
-    best_accuracy = load_checkpoint(best)["history"][-1]["Accuracy/val"] if best.exists() else -1.0
     print(f"{len(history)} of {args.epochs} epochs are done.")
 
     def save(path):
@@ -186,11 +185,13 @@ def train(args, train_set, val_set, class_names, folder, resumed):
         save_checkpoint(checkpoint | {key: part.state_dict() for key, part in parts.items()}, path)
 
     if not latest.exists():
-        save(latest)  # so that even a run that is stopped in its first epoch can be resumed
+        save(latest)  # so that a run that is stopped in its first epoch can be resumed, too
+    if history and not best.exists():
+        save(best)  # the best that this folder has
+    best_accuracy = load_checkpoint(best)["history"][-1]["Accuracy/val"] if best.exists() else -1.0
     run_dir = args.output_dir / "tensor_board" / LESSON / folder.name
     with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # hides unsaved epochs
-        if not history:
-            writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
+        writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.perf_counter()
             loss, acc = train_one_epoch(model, train_loader, loss_fn, optimizer, args.device, epoch)
@@ -267,15 +268,18 @@ def main(argv=None):
         print(f"(one of the ten classes of {checkpoint['hyperparameters']['data']}, says {best})")
         return
     if args.resume is not None:
-        newest = args.resume == "newest"
-        resumed = find_newest(checkpoints, "*/latest_checkpoint.pth") if newest else Path(args.resume)
+        resumed = Path(args.resume)
+        if args.resume == "newest":
+            resumed = find_newest(checkpoints, "*/latest_checkpoint.pth")
+        elif resumed.is_dir():
+            resumed = resumed / "latest_checkpoint.pth"
         args = parse_args(argv, load_checkpoint(resumed, {"model": SimpleCNN()}))
 
-    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
+    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # auto no more
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
     print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
-    # NEW in 03: go on in the run's own folder; from an older epoch in a new one, so that nothing is lost
-    if resumed and resumed.name == "latest_checkpoint.pth":
+    # NEW in 03: a run's latest checkpoint goes on in its folder, any other one in a new folder: nothing is lost
+    if resumed and resumed.resolve() in checkpoints.resolve().glob("*/latest_checkpoint.pth"):
         folder = resumed.parent
     else:
         folder, _ = new_run_dirs(args.data, checkpoints, args.output_dir / "tensor_board" / LESSON)
@@ -326,14 +330,19 @@ def stop_if_diverged(loss, epoch, where):
         sys.exit(f"Epoch {epoch}, {where}: the loss is {loss}, so it stops. Usual cause: --lr is too high.")
 
 
+def to_device(tensor, device):
+    """Copy a tensor to the device. To cuda, without waiting for the copy: from pinned memory that is safe."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def to_input(images, device):
     """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
-    images = images.to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
+    images = to_device(images, device).permute(0, 3, 1, 2)
     # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), which is
     # quick to convolve. But on a Mac's GPU, many versions of PyTorch train BatchNorm wrongly that way.
     if device.type == "mps":
         images = images.contiguous()
-    return (images.float() / 255 - MEAN.to(device)) / STD.to(device)
+    return (images.float() / 255 - to_device(MEAN, device)) / to_device(STD, device)
 
 
 def load_data(name, data_dir, train):

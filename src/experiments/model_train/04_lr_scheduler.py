@@ -9,7 +9,7 @@ compared) starts from the same weights and sees the same batches, so that nothin
 
 Expect 76.9 to 78.0 % validation accuracy with the schedules and 74.8 to 75.1 % with the constant rate, in 14
 to 25 minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to 44), and two pictures in artifacts/. Every arm
-has a folder <data>_run_N/<arm>/ for its checkpoints, and one for its curves.
+has a folder 04_lr_scheduler/<data>_run_N/<arm>/ in artifacts/checkpoints/ and one in tensor_board/.
 
 Exercises: 1. Write T_max=epochs // 2 in SCHEDULERS, and look at lr_schedules.png: the cosine comes back up.
 2. Move scheduler.step() before train_one_epoch(), and add --schedulers ExponentialLR: PyTorch warns, and the
@@ -76,7 +76,7 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
     total_loss = correct = 0  # sums over images: in a mean of batch means, a small last batch weighs too much
     bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)
     for batch, (images, labels) in enumerate(bar, start=1):
-        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
+        images, labels = to_input(images, device), to_device(labels, device)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
         logits = model(images)  # (N, 10)
         loss = loss_fn(logits, labels)
@@ -87,7 +87,7 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)  # detach(): without what backward() needs
+        total_loss += loss.detach() * len(labels)  # detach(): the number, not how it came about
         correct += (logits.argmax(dim=1) == labels).sum()
         if batch % 100 == 1 or batch == len(loader):  # seldom: reading a number makes a GPU wait
             stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
@@ -102,7 +102,7 @@ def evaluate(model, loader, device):
     model.eval()
     total_loss = correct = 0
     for images, labels in loader:
-        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
+        images, labels = to_input(images, device), to_device(labels, device)
         logits = model(images)  # (N, 10)
         total_loss += F.cross_entropy(logits, labels) * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
@@ -190,7 +190,7 @@ def train(args, name, train_set, val_set, class_names, folder):
     """
     torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
     shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
-    pinned = args.device.type == "cuda"  # locked memory: a GPU copies from it while the CPU goes on
+    pinned = args.device.type == "cuda"  # memory from which a GPU copies while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
     val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep
     model = SimpleCNN(len(class_names)).to(args.device)
@@ -198,10 +198,9 @@ def train(args, name, train_set, val_set, class_names, folder):
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
     scheduler = SCHEDULERS[name](optimizer, args.epochs)  # NEW in 04: it sets the optimizer's learning rate
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # of random numbers
+    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # all that draws lots
     latest, best = folder / "latest_checkpoint.pth", folder / "best_model.pth"
     history = load_checkpoint(latest, parts, generators)["history"] if latest.exists() else []
-    best_accuracy = load_checkpoint(best)["history"][-1]["Accuracy/val"] if best.exists() else -1.0
     print(f"{name}: {len(history)} of {args.epochs} epochs are done.")
 
     def save(path):
@@ -211,15 +210,17 @@ def train(args, name, train_set, val_set, class_names, folder):
         save_checkpoint(checkpoint | {key: part.state_dict() for key, part in parts.items()}, path)
 
     if not latest.exists():
-        save(latest)  # so that even a run that is stopped in its first epoch can be resumed
+        save(latest)  # so that a run that is stopped in its first epoch can be resumed, too
+    if history and not best.exists():
+        save(best)  # the best that this folder has
+    best_accuracy = load_checkpoint(best)["history"][-1]["Accuracy/val"] if best.exists() else -1.0
     run_dir = args.output_dir / "tensor_board" / LESSON / folder.parent.name / name
     with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # hides unsaved epochs
-        if not history:
-            writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
-            # NEW in 04: the arms side by side under HParams, with the last point of the curve named here
-            settings = {"arm": name, "epochs": args.epochs, "lr": args.lr, "seed": args.seed}
-            for summary in hparams(settings, {"Accuracy/best_val": 0}):
-                writer.file_writer.add_summary(summary)
+        writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
+        # NEW in 04: the arms side by side under HParams, with the last point of the curve named here
+        settings = {"arm": name, "epochs": args.epochs, "lr": args.lr, "seed": args.seed}
+        for summary in hparams(settings, {"Accuracy/best_val": 0}):
+            writer.file_writer.add_summary(summary)
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.perf_counter()
             loss, acc = train_one_epoch(model, train_loader, loss_fn, optimizer, args.device, epoch)
@@ -255,7 +256,9 @@ def train(args, name, train_set, val_set, class_names, folder):
 def plot_arms(histories, images, data):
     """Return figures of the arms' learning rates, and of their accuracies on that many validation images."""
     rate_figure, figure = (Figure(figsize=(12, 5.5), layout="constrained") for _ in range(2))
-    panels = rate_figure.subplots(2, 3, sharex=True, sharey=True).flatten()
+    panels = rate_figure.subplots(2, 3, sharey=True).flatten()
+    for ax in panels[len(histories) :]:
+        ax.remove()
     left, right = figure.subplots(1, 2)
     for ax, (name, history) in zip(panels, histories.items(), strict=False):
         rates, accuracies = ([row[key] for row in history] for key in ["LearningRate", "Accuracy/val"])
@@ -267,7 +270,7 @@ def plot_arms(histories, images, data):
     left.set(title=f"SimpleCNN on {data}", xlabel="epoch", ylabel="validation accuracy (%)")
     left.legend()
     right.set(title="Best epoch, with the standard error of one accuracy", xlabel="validation accuracy (%)")
-    for ax in [*panels, left]:
+    for ax in [*rate_figure.axes, left]:
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
     return {"lr_schedules": rate_figure, "lr_comparison": figure}
@@ -308,9 +311,11 @@ def main(argv=None):
         folder = Path(args.resume)
         if args.resume == "newest":
             folder = find_newest(checkpoints, "*/*/latest_checkpoint.pth").parents[1]
+        if folder.resolve().parent != checkpoints.resolve():
+            sys.exit(f"There is no run {folder} in {checkpoints}. Name its --output-dir, or another one.")
         args = parse_args(argv, load_checkpoint(find_newest(folder, "*/latest_checkpoint.pth")))
 
-    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
+    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # auto no more
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
     print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
     if not folder:
@@ -366,14 +371,19 @@ def stop_if_diverged(loss, epoch, where):
         sys.exit(f"Epoch {epoch}, {where}: the loss is {loss}, so it stops. Usual cause: --lr is too high.")
 
 
+def to_device(tensor, device):
+    """Copy a tensor to the device. To cuda, without waiting for the copy: from pinned memory that is safe."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def to_input(images, device):
     """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
-    images = images.to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
+    images = to_device(images, device).permute(0, 3, 1, 2)
     # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), which is
     # quick to convolve. But on a Mac's GPU, many versions of PyTorch train BatchNorm wrongly that way.
     if device.type == "mps":
         images = images.contiguous()
-    return (images.float() / 255 - MEAN.to(device)) / STD.to(device)
+    return (images.float() / 255 - to_device(MEAN, device)) / to_device(STD, device)
 
 
 def load_data(name, data_dir, train):

@@ -77,8 +77,8 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, augment=No
     for batch, (images, labels) in enumerate(bar, start=1):
         # NEW in 05: other random transforms in every epoch, and only here, never in evaluate()
         if augment:
-            images = augment(images.to(device, non_blocking=loader.pin_memory))
-        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
+            images = augment(to_device(images, device))
+        images, labels = to_input(images, device), to_device(labels, device)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
         logits = model(images)  # (N, 10)
         loss = loss_fn(logits, labels)
@@ -89,7 +89,7 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, augment=No
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)  # detach(): without what backward() needs
+        total_loss += loss.detach() * len(labels)  # detach(): the number, not how it came about
         correct += (logits.argmax(dim=1) == labels).sum()
         if batch % 100 == 1 or batch == len(loader):  # seldom: reading a number makes a GPU wait
             stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
@@ -104,7 +104,7 @@ def evaluate(model, loader, device):
     model.eval()
     total_loss = correct = 0
     for images, labels in loader:
-        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
+        images, labels = to_input(images, device), to_device(labels, device)
         logits = model(images)  # (N, 10)
         total_loss += F.cross_entropy(logits, labels) * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
@@ -189,8 +189,8 @@ def print_ranking(histories, images, data):
 
 
 # NEW in 05: what happens to the training images
-# In this order. Geometric transforms move pixels and keep the label. Colour changes in 3 of 10 groups only,
-# because hue costs more than all the rest. Erasing hides 2 to 15 % of the image: no single detail decides.
+# In the order of the list: geometric transforms move pixels and keep the label; colour changes in 3 of 10
+# groups only, because hue costs more than all the rest; erasing hides a patch, so that no detail decides.
 AUGMENTATION = [
     v2.RandomHorizontalFlip(p=0.5),
     v2.RandomCrop(32, padding=4),
@@ -200,6 +200,12 @@ AUGMENTATION = [
 ]
 
 
+# NEW in 05: a mirrored digit is no digit
+def choose_transforms(data):
+    """Return the transforms that keep the labels of this data."""
+    return AUGMENTATION[1:] if data == "digits" else AUGMENTATION
+
+
 # NEW in 05: the same random numbers for a group of images
 def make_augmentation(data, group_size):
     """Return a function that turns uint8 images (N, 32, 32, 3) into randomly transformed ones.
@@ -207,7 +213,7 @@ def make_augmentation(data, group_size):
     A transform draws its random numbers once for all the images it is given. Image by image (group_size 1)
     would be as varied as can be, but slow; a whole batch at once would be flipped and turned all alike.
     """
-    transforms = v2.Compose(AUGMENTATION[1:] if data == "digits" else AUGMENTATION)  # never mirror digits
+    transforms = v2.Compose(choose_transforms(data))
 
     def augment(images):
         groups = images.permute(0, 3, 1, 2).split(group_size)  # v2 wants (N, 3, 32, 32)
@@ -232,7 +238,7 @@ def train(args, name, train_set, val_set, class_names, folder):
     """
     torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
     shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
-    pinned = args.device.type == "cuda"  # locked memory: a GPU copies from it while the CPU goes on
+    pinned = args.device.type == "cuda"  # memory from which a GPU copies while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
     val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep
     augmented, dropout = ARMS[name]  # NEW in 05
@@ -245,10 +251,9 @@ def train(args, name, train_set, val_set, class_names, folder):
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # of random numbers
+    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # all that draws lots
     latest, best = folder / "latest_checkpoint.pth", folder / "best_model.pth"
     history = load_checkpoint(latest, parts, generators)["history"] if latest.exists() else []
-    best_accuracy = load_checkpoint(best)["history"][-1]["Accuracy/val"] if best.exists() else -1.0
     print(f"{name}: {len(history)} of {args.epochs} epochs are done.")
 
     def save(path):
@@ -258,14 +263,16 @@ def train(args, name, train_set, val_set, class_names, folder):
         save_checkpoint(checkpoint | {key: part.state_dict() for key, part in parts.items()}, path)
 
     if not latest.exists():
-        save(latest)  # so that even a run that is stopped in its first epoch can be resumed
+        save(latest)  # so that a run that is stopped in its first epoch can be resumed, too
+    if history and not best.exists():
+        save(best)  # the best that this folder has
+    best_accuracy = load_checkpoint(best)["history"][-1]["Accuracy/val"] if best.exists() else -1.0
     run_dir = args.output_dir / "tensor_board" / LESSON / folder.parent.name / name
     with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # hides unsaved epochs
-        if not history:
-            writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
-            settings = {"arm": name, "epochs": args.epochs, "lr": args.lr, "seed": args.seed}
-            for summary in hparams(settings, {"Accuracy/best_val": 0}):
-                writer.file_writer.add_summary(summary)
+        writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
+        settings = {"arm": name, "epochs": args.epochs, "lr": args.lr, "seed": args.seed}
+        for summary in hparams(settings, {"Accuracy/best_val": 0}):
+            writer.file_writer.add_summary(summary)
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.perf_counter()
             loss, acc = train_one_epoch(model, train_loader, loss_fn, optimizer, args.device, epoch, augment)
@@ -300,7 +307,6 @@ TRANSFORMS = {
     "ColorJitter": v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
     "RandomGrayscale": v2.RandomGrayscale(p=1.0),
     "RandomErasing": v2.RandomErasing(p=1.0, scale=(0.02, 0.15)),
-    "all together": v2.Compose(AUGMENTATION),
 }
 
 
@@ -308,7 +314,8 @@ TRANSFORMS = {
 def plot_transforms(image, data):
     """Return a figure of a uint8 image (32, 32, 3) as it is, and of four draws of every transform."""
     figure = Figure(figsize=(7, 9), layout="constrained")
-    for row, (name, transform) in zip(figure.subplots(len(TRANSFORMS), 5), TRANSFORMS.items(), strict=True):
+    rows = TRANSFORMS | {"all together": v2.Compose(choose_transforms(data))}
+    for row, (name, transform) in zip(figure.subplots(len(rows), 5), rows.items(), strict=True):
         for number, ax in enumerate(row):
             drawn = transform(image.permute(2, 0, 1)).permute(1, 2, 0) if number else image
             ax.imshow(drawn)
@@ -349,8 +356,7 @@ def plot_comparison(histories, gaps, data):
         for key, style in [("Accuracy/val", "-"), ("Accuracy/train", ":")]:
             values, label = [row[key] for row in history], f"{name}: {key.removeprefix('Accuracy/')}"
             left.plot(range(1, len(values) + 1), values, style, color=f"C{number}", label=label)
-        bar = right.barh(name, gaps[name], color=f"C{number}")
-        right.bar_label(bar, fmt="%.1f", padding=3)
+        right.barh(f"{name}\n{gaps[name]:.1f} points", gaps[name], color=f"C{number}")
     left.set(title=f"SimpleCNN on {data} (train: as augmented)", xlabel="epoch", ylabel="accuracy (%)")
     left.xaxis.get_major_locator().set_params(integer=True)
     left.grid(alpha=0.3)
@@ -369,9 +375,11 @@ def main(argv=None):
         folder = Path(args.resume)
         if args.resume == "newest":
             folder = find_newest(checkpoints, "*/*/latest_checkpoint.pth").parents[1]
+        if folder.resolve().parent != checkpoints.resolve():
+            sys.exit(f"There is no run {folder} in {checkpoints}. Name its --output-dir, or another one.")
         args = parse_args(argv, load_checkpoint(find_newest(folder, "*/latest_checkpoint.pth")))
 
-    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
+    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # auto no more
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
     print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
     if not folder:
@@ -429,14 +437,19 @@ def stop_if_diverged(loss, epoch, where):
         sys.exit(f"Epoch {epoch}, {where}: the loss is {loss}, so it stops. Usual cause: --lr is too high.")
 
 
+def to_device(tensor, device):
+    """Copy a tensor to the device. To cuda, without waiting for the copy: from pinned memory that is safe."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def to_input(images, device):
     """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
-    images = images.to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
+    images = to_device(images, device).permute(0, 3, 1, 2)
     # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), which is
     # quick to convolve. But on a Mac's GPU, many versions of PyTorch train BatchNorm wrongly that way.
     if device.type == "mps":
         images = images.contiguous()
-    return (images.float() / 255 - MEAN.to(device)) / STD.to(device)
+    return (images.float() / 255 - to_device(MEAN, device)) / to_device(STD, device)
 
 
 def load_data(name, data_dir, train):

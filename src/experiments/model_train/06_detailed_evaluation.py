@@ -83,8 +83,8 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, augment=No
     bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)
     for batch, (images, labels) in enumerate(bar, start=1):
         if augment:
-            images = augment(images.to(device, non_blocking=loader.pin_memory))
-        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
+            images = augment(to_device(images, device))
+        images, labels = to_input(images, device), to_device(labels, device)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
         logits = model(images)  # (N, 10)
         loss = loss_fn(logits, labels)
@@ -95,7 +95,7 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, augment=No
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)  # detach(): without what backward() needs
+        total_loss += loss.detach() * len(labels)  # detach(): the number, not how it came about
         correct += (logits.argmax(dim=1) == labels).sum()
         if batch % 100 == 1 or batch == len(loader):  # seldom: reading a number makes a GPU wait
             stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
@@ -110,7 +110,7 @@ def evaluate(model, loader, device):
     model.eval()
     total_loss = correct = 0
     for images, labels in loader:
-        images, labels = to_input(images, device), labels.to(device, non_blocking=loader.pin_memory)
+        images, labels = to_input(images, device), to_device(labels, device)
         logits = model(images)  # (N, 10)
         total_loss += F.cross_entropy(logits, labels) * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
@@ -169,8 +169,8 @@ def load_checkpoint(path, parts=None, generators=()):
         sys.exit(f"{path} is damaged or not for this lesson ({type(error).__name__}). Name another one.")
 
 
-# In this order. Geometric transforms move pixels and keep the label. Colour changes in 3 of 10 groups only,
-# because hue costs more than all the rest. Erasing hides 2 to 15 % of the image: no single detail decides.
+# In the order of the list: geometric transforms move pixels and keep the label; colour changes in 3 of 10
+# groups only, because hue costs more than all the rest; erasing hides a patch, so that no detail decides.
 AUGMENTATION = [
     v2.RandomHorizontalFlip(p=0.5),
     v2.RandomCrop(32, padding=4),
@@ -180,13 +180,18 @@ AUGMENTATION = [
 ]
 
 
+def choose_transforms(data):
+    """Return the transforms that keep the labels of this data."""
+    return AUGMENTATION[1:] if data == "digits" else AUGMENTATION
+
+
 def make_augmentation(data, group_size):
     """Return a function that turns uint8 images (N, 32, 32, 3) into randomly transformed ones.
 
     A transform draws its random numbers once for all the images it is given. Image by image (group_size 1)
     would be as varied as can be, but slow; a whole batch at once would be flipped and turned all alike.
     """
-    transforms = v2.Compose(AUGMENTATION[1:] if data == "digits" else AUGMENTATION)  # never mirror digits
+    transforms = v2.Compose(choose_transforms(data))
 
     def augment(images):
         groups = images.permute(0, 3, 1, 2).split(group_size)  # v2 wants (N, 3, 32, 32)
@@ -200,7 +205,7 @@ def train(args, train_set, val_set, class_names, run_dir, path):
     """Train a SimpleCNN with augmented images, and save the model of the best validation accuracy as path."""
     torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
     shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
-    pinned = args.device.type == "cuda"  # locked memory: a GPU copies from it while the CPU goes on
+    pinned = args.device.type == "cuda"  # memory from which a GPU copies while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
     val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep
     augment = make_augmentation(args.data, args.group_size)
@@ -366,7 +371,7 @@ def plot_confidence(report, logits, labels, title):
     for x, y, count in zip(sure, share, images, strict=True):
         right.annotate(f"{count:,.0f}", (x, y), xytext=(5, -12), textcoords="offset points", fontsize=8)
     error = 100 * report["expected_calibration_error"]
-    right.set(title=f"Expected calibration error: {error:.1f} points (at each point: number of images)")
+    right.set(title=f"Calibration error: {error:.1f} points (numbers: images)", ylim=(-0.02, 1.02))
     right.set(xlabel="mean confidence of the bin", ylabel="share of right answers")
     for ax in [left, right]:
         ax.legend()
@@ -435,13 +440,15 @@ def main(argv=None):
         if args.data not in ["auto", settings["data"]]:
             sys.exit(f"{path} was trained on {settings['data']}, not {args.data}. To train anew, delete it.")
         args.data = settings["data"]
-        print(f"No training: {path} is there, trained with {settings}. To train a new model, delete it.")
-        [run_dir] = new_run_dirs(args.data, args.output_dir / "tensor_board" / LESSON)
+        print(f"No training: {path} is there, trained with {settings}.")
+        if not args.checkpoint:
+            print("To train a new model, delete that file.")
+        run_dir = new_run_dirs(args.data, args.output_dir / "tensor_board" / LESSON)[0]
     else:
         images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
         train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
         print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
-        [run_dir] = new_run_dirs(args.data, args.output_dir / "tensor_board" / LESSON)
+        run_dir = new_run_dirs(args.data, args.output_dir / "tensor_board" / LESSON)[0]
         unfinished = path.with_name(f"{run_dir.name}_unfinished.pth")  # a name that no other run uses
         train(args, train_set, val_set, class_names, run_dir / "training", unfinished)
         checkpoint = load_checkpoint(unfinished, {"model": model})
@@ -485,14 +492,19 @@ def stop_if_diverged(loss, epoch, where):
         sys.exit(f"Epoch {epoch}, {where}: the loss is {loss}, so it stops. Usual cause: --lr is too high.")
 
 
+def to_device(tensor, device):
+    """Copy a tensor to the device. To cuda, without waiting for the copy: from pinned memory that is safe."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def to_input(images, device):
     """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
-    images = images.to(device, non_blocking=device.type == "cuda").permute(0, 3, 1, 2)
+    images = to_device(images, device).permute(0, 3, 1, 2)
     # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), which is
     # quick to convolve. But on a Mac's GPU, many versions of PyTorch train BatchNorm wrongly that way.
     if device.type == "mps":
         images = images.contiguous()
-    return (images.float() / 255 - MEAN.to(device)) / STD.to(device)
+    return (images.float() / 255 - to_device(MEAN, device)) / to_device(STD, device)
 
 
 def load_data(name, data_dir, train):
