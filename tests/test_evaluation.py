@@ -206,10 +206,7 @@ def test_diagnosis_names_weakest_class_worst_pair_and_attitude(lessons, four, ca
     assert "top-1 50.00 %, top-3 75.00 %, top-5 75.00 %" in output
     loss = -sum(map(math.log, [0.92, 0.30, 0.82, 0.0001])) / 4
     assert f"Loss {loss:.4f}" in output and "the weakest class is class 2 (F1 0.00)" in output
-    assert (
-        f"its mean confidence is {100 * (0.92 + 0.62 + 0.82 + 0.95) / 4:.1f} %, its accuracy 50.0 %."
-        in output
-    )
+    assert re.search(r"its mean confidence is 82\.[78] %, its accuracy 50\.0 %\.", output)  # 82.75
     table = {line[2:14].strip(): line[14:].split() for line in output.splitlines() if line.startswith("  ")}
     assert table["class 0"] == ["1.0000", "0.5000", "0.6667", "2"] and table["class 1"] == [
         "0.3333",

@@ -54,15 +54,15 @@ DEFAULT_EXCEPTIONS = {
 HELP_EXCEPTIONS = {("--resume", "04"): "the folder of a run, since each arm has its own checkpoints"}
 
 # Lines that the later lesson may add to the one before and remove from it.
-DIFF_BUDGET = {"02": (141, 36), "03": (175, 55), "04": (120, 90), "05": (157, 96), "06": (233, 201)}
+DIFF_BUDGET = {"02": (142, 36), "03": (181, 55), "04": (125, 82), "05": (161, 98), "06": (235, 205)}
 
 # How long a lesson may be, blank lines and docstring included: as a whole, and above the dividing comment.
 LENGTHS = {
     "01": (211, 112),
     "02": (325, 202),
-    "03": (456, 305),
-    "04": (494, 344),
-    "05": (559, 410),
+    "03": (455, 304),
+    "04": (495, 345),
+    "05": (560, 411),
     "06": (593, 466),
 }
 

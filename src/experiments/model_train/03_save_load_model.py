@@ -278,7 +278,7 @@ def main(argv=None):
     images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # auto no more
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
     print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
-    # NEW in 03: a run's latest checkpoint goes on in its folder, any other one in a new folder: nothing is lost
+    # NEW in 03: a run's latest checkpoint goes on in its folder, any other one in a new one: nothing is lost
     if resumed and resumed.resolve() in checkpoints.resolve().glob("*/latest_checkpoint.pth"):
         folder = resumed.parent
     else:
@@ -293,9 +293,8 @@ def main(argv=None):
     history = load_checkpoint(folder / "best_model.pth", {"model": model})["history"]
     images, labels, *_ = load_data(args.data, args.data_dir, train=False)
     print(f"The model of epoch {len(history)} on ten test images of {args.data}:")
-    answers = predict(model.to(args.device), images[:10], args.device)
-    for label, probabilities in zip(labels, answers, strict=False):
-        print(f"  true: {class_names[label]:10}  predicted: {describe(probabilities, class_names)}")
+    for label, answer in zip(labels, predict(model.to(args.device), images[:10], args.device), strict=False):
+        print(f"  true: {class_names[label]:10}  predicted: {describe(answer, class_names)}")
     accuracy = history[-1]["Accuracy/val"]
     print(f"Best validation accuracy on {args.data}: {accuracy:.2f} % in epoch {len(history)}.")
     print(f"The checkpoints are in {folder}.")

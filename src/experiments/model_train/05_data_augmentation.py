@@ -363,7 +363,7 @@ def plot_comparison(histories, gaps, data):
     left.legend(fontsize=8)
     right.set(title="Gap of the best models, images as they are", xlabel="training - validation (points)")
     right.axvline(10, color="grey", linestyle="--", label="lesson 02's sign of overfitting")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower right")
     return figure
 
 
