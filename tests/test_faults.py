@@ -144,6 +144,7 @@ def test_a_deleted_tensorboard_folder_does_not_stop_the_training(lessons, tmp_pa
 
 TOO_SMALL = """
 import resource, runpy, sys
+import torchvision, torch.utils.tensorboard  # some versions write files while they are imported
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 sys.argv = [sys.argv[1], *sys.argv[3:]]
 runpy.run_path(sys.argv[0], run_name="__main__")

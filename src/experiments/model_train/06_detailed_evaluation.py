@@ -437,12 +437,11 @@ def main(argv=None):
     if args.checkpoint or path.exists():
         checkpoint = load_checkpoint(path, {"model": model})
         settings = checkpoint["hyperparameters"]
+        advice = "" if args.checkpoint else " To train a new model, delete it."
         if args.data not in ["auto", settings["data"]]:
-            sys.exit(f"{path} was trained on {settings['data']}, not {args.data}. To train anew, delete it.")
+            sys.exit(f"{path} was trained on {settings['data']}, not on {args.data}.{advice}")
         args.data = settings["data"]
-        print(f"No training: {path} is there, trained with {settings}.")
-        if not args.checkpoint:
-            print("To train a new model, delete that file.")
+        print(f"No training: {path} is there, trained with {settings}.{advice}")
         run_dir = new_run_dirs(args.data, args.output_dir / "tensor_board" / LESSON)[0]
     else:
         images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
