@@ -200,12 +200,6 @@ AUGMENTATION = [
 ]
 
 
-# NEW in 05: a mirrored digit is no digit
-def choose_transforms(data):
-    """Return the transforms that keep the labels of this data."""
-    return AUGMENTATION[1:] if data == "digits" else AUGMENTATION
-
-
 # NEW in 05: the same random numbers for a group of images
 def make_augmentation(data, group_size):
     """Return a function that turns uint8 images (N, 32, 32, 3) into randomly transformed ones.
@@ -213,7 +207,7 @@ def make_augmentation(data, group_size):
     A transform draws its random numbers once for all the images it is given. Image by image (group_size 1)
     would be as varied as can be, but slow; a whole batch at once would be flipped and turned all alike.
     """
-    transforms = v2.Compose(choose_transforms(data))
+    transforms = v2.Compose(AUGMENTATION[1:] if data == "digits" else AUGMENTATION)  # never mirror digits
 
     def augment(images):
         groups = images.permute(0, 3, 1, 2).split(group_size)  # v2 wants (N, 3, 32, 32)
@@ -314,7 +308,7 @@ TRANSFORMS = {
 def plot_transforms(image, data):
     """Return a figure of a uint8 image (32, 32, 3) as it is, and of four draws of every transform."""
     figure = Figure(figsize=(7, 9), layout="constrained")
-    rows = TRANSFORMS | {"all together": v2.Compose(choose_transforms(data))}
+    rows = TRANSFORMS | {"all together": v2.Compose(AUGMENTATION[1:] if data == "digits" else AUGMENTATION)}
     for row, (name, transform) in zip(figure.subplots(len(rows), 5), rows.items(), strict=True):
         for number, ax in enumerate(row):
             drawn = transform(image.permute(2, 0, 1)).permute(1, 2, 0) if number else image

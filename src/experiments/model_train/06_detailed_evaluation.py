@@ -180,18 +180,13 @@ AUGMENTATION = [
 ]
 
 
-def choose_transforms(data):
-    """Return the transforms that keep the labels of this data."""
-    return AUGMENTATION[1:] if data == "digits" else AUGMENTATION
-
-
 def make_augmentation(data, group_size):
     """Return a function that turns uint8 images (N, 32, 32, 3) into randomly transformed ones.
 
     A transform draws its random numbers once for all the images it is given. Image by image (group_size 1)
     would be as varied as can be, but slow; a whole batch at once would be flipped and turned all alike.
     """
-    transforms = v2.Compose(choose_transforms(data))
+    transforms = v2.Compose(AUGMENTATION[1:] if data == "digits" else AUGMENTATION)  # never mirror digits
 
     def augment(images):
         groups = images.permute(0, 3, 1, 2).split(group_size)  # v2 wants (N, 3, 32, 32)
