@@ -1,10 +1,11 @@
-"""Lesson 01: train SimpleCNN on CIFAR-10 with the bare loop: forward, zero_grad, backward, step.
+"""Lesson 01: train a network on CIFAR-10, photos of ten kinds of things, by the bare loop of four steps.
 
     python src/experiments/model_train/01_basic_training.py                           # the whole lesson
     python src/experiments/model_train/01_basic_training.py --epochs 1 --subset 5000  # a look within a minute
 
 Read the network, the loop, and main(). The images and the command line, below them, are alike in all lessons.
-Expect 86 % training accuracy in 2 minutes (2 CPU cores, JPEG copy of CIFAR-10, seed 42), and a picture.
+Expect a picture of the loss, and 86 % training accuracy in 2 minutes (2 CPU cores, JPEG copy of CIFAR-10,
+seed 42).
 
 Exercises: 1. Take out optimizer.zero_grad(): all gradients add up, and the first epoch's loss is 39.
 2. Try --lr 0.0005: one epoch brings 32 % instead of 56 %. At --lr 5 the loss is nan, and the lesson stops.
@@ -31,37 +32,38 @@ from torchvision.datasets import CIFAR10
 
 
 class SimpleCNN(nn.Module):
-    """Three convolutions, two fully connected layers: images (N, 3, 32, 32) to logits (N, num_classes)."""
+    """Images (N, 3, 32, 32) to logits (N, num_classes): a score for each class; the largest is the answer."""
 
     def __init__(self, num_classes=10, dropout=0.0):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # no bias: bn1 adds one
-        self.bn1 = nn.BatchNorm2d(32)  # each channel to mean 0 and variance 1, then scaled and shifted
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # 3 channels to 32; bias in bn1
+        self.bn1 = nn.BatchNorm2d(32)  # over the batch: mean 0, variance 1, then a learned scale and shift
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(64)
         self.conv3 = nn.Conv2d(64, 128, kernel_size=3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(128)
         self.fc1 = nn.Linear(128 * 4 * 4, 256)
-        self.dropout = nn.Dropout(dropout)  # does nothing at 0.0; lesson 05 uses it
+        self.dropout = nn.Dropout(dropout)  # sets this share of the values to 0: none yet, see lesson 05
         self.fc2 = nn.Linear(256, num_classes)
 
     def forward(self, x):  # (N, 3, 32, 32)
-        # Pooling comes before BatchNorm and ReLU, to leave them a quarter of the values: quicker than last.
+        # max_pool2d keeps the largest of each 2x2; done first, it leaves BatchNorm and ReLU a quarter to do.
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
         x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
         x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
-        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # (N, 256)
-        return self.fc2(x)  # (N, num_classes): logits are any real numbers, there is no softmax here
+        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # flatten: (N, 2048), fc1: (N, 256)
+        return self.fc2(x)  # (N, num_classes): any real numbers; softmax would make them probabilities
 
 
 def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
     """Train on every batch of the loader once. Returns the mean loss and the accuracy in percent."""
-    model.train()  # lesson 02 shows what this switches
+    model.train()  # BatchNorm and Dropout work differently in training than in use: lesson 02 shows how
     total_loss = correct = 0  # sums over images: in a mean of batch means, a small last batch weighs too much
     for batch, (images, labels) in enumerate(loader, start=1):
+        # Copy to the device (CPU or GPU); to_input() turns bytes (N, 32, 32, 3) into floats (N, 3, 32, 32).
         images, labels = to_input(images, device), to_device(labels, device)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
-        logits = model(images)  # (N, 10)
+        logits = model(images)  # calls forward(): (N, 10)
         loss = loss_fn(logits, labels)
         # 2. zero_grad: forget the gradients of the batch before; backward() would add to them.
         optimizer.zero_grad()
@@ -70,11 +72,11 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)  # detach(): the number, not how it came about
-        correct += (logits.argmax(dim=1) == labels).sum()
-        if batch % 100 == 1 or batch == len(loader):  # seldom: reading a number makes a GPU wait
+        total_loss += loss.detach() * len(labels)  # detach(), or the sum keeps every batch in memory
+        correct += (logits.argmax(dim=1) == labels).sum()  # argmax: the class of the largest logit
+        if batch % 100 == 1 or batch == len(loader):  # seldom: item() has to wait for a GPU
             stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
-            print(f"  batch {batch:3d}/{len(loader)}  loss {loss.item():.4f}")  # first a guess: ln 10 = 2.3
+            print(f"  batch {batch:3d}/{len(loader)}  loss {loss.item():.4f}")  # a blind guess: ln 10 = 2.3
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
 
@@ -82,14 +84,14 @@ def main(argv=None):
     args = parse_args(argv)
     artifacts = args.output_dir / "artifacts"
     artifacts.mkdir(parents=True, exist_ok=True)
-    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # auto no more
+    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # not "auto" now
     train_set = TensorDataset(images[: args.subset], labels[: args.subset])
     torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
-    shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
-    pinned = args.device.type == "cuda"  # memory from which a GPU copies while the CPU goes on
+    shuffle = torch.Generator().manual_seed(args.seed)  # random numbers for the order of the images alone
+    pinned = args.device.type == "cuda"  # pinned memory: a GPU copies from it while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
     model = SimpleCNN(len(class_names)).to(args.device)
-    loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
+    loss_fn = nn.CrossEntropyLoss()  # softmax of the logits, then the mean of -ln(share of the true class)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
     print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} images", end="")
     print(f" | parameters: {sum(weights.numel() for weights in model.parameters()):,}")

@@ -38,27 +38,27 @@ from tqdm import tqdm
 
 
 class SimpleCNN(nn.Module):
-    """Three convolutions, two fully connected layers: images (N, 3, 32, 32) to logits (N, num_classes)."""
+    """Images (N, 3, 32, 32) to logits (N, num_classes): a score for each class; the largest is the answer."""
 
     def __init__(self, num_classes=10, dropout=0.0):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # no bias: bn1 adds one
-        self.bn1 = nn.BatchNorm2d(32)  # each channel to mean 0 and variance 1, then scaled and shifted
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # 3 channels to 32; bias in bn1
+        self.bn1 = nn.BatchNorm2d(32)  # over the batch: mean 0, variance 1, then a learned scale and shift
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(64)
         self.conv3 = nn.Conv2d(64, 128, kernel_size=3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(128)
         self.fc1 = nn.Linear(128 * 4 * 4, 256)
-        self.dropout = nn.Dropout(dropout)  # does nothing at 0.0; lesson 05 uses it
+        self.dropout = nn.Dropout(dropout)  # sets this share of the values to 0: none yet, see lesson 05
         self.fc2 = nn.Linear(256, num_classes)
 
     def forward(self, x):  # (N, 3, 32, 32)
-        # Pooling comes before BatchNorm and ReLU, to leave them a quarter of the values: quicker than last.
+        # max_pool2d keeps the largest of each 2x2; done first, it leaves BatchNorm and ReLU a quarter to do.
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
         x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
         x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
-        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # (N, 256)
-        return self.fc2(x)  # (N, num_classes): logits are any real numbers, there is no softmax here
+        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # flatten: (N, 2048), fc1: (N, 256)
+        return self.fc2(x)  # (N, num_classes): any real numbers; softmax would make them probabilities
 
 
 def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
@@ -68,9 +68,10 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
     # NEW in 02: a progress bar, in a terminal only (disable=None)
     bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)
     for batch, (images, labels) in enumerate(bar, start=1):
+        # Copy to the device (CPU or GPU); to_input() turns bytes (N, 32, 32, 3) into floats (N, 3, 32, 32).
         images, labels = to_input(images, device), to_device(labels, device)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
-        logits = model(images)  # (N, 10)
+        logits = model(images)  # calls forward(): (N, 10)
         loss = loss_fn(logits, labels)
         # 2. zero_grad: forget the gradients of the batch before; backward() would add to them.
         optimizer.zero_grad()
@@ -79,9 +80,9 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)  # detach(): the number, not how it came about
-        correct += (logits.argmax(dim=1) == labels).sum()
-        if batch % 100 == 1 or batch == len(loader):  # seldom: reading a number makes a GPU wait
+        total_loss += loss.detach() * len(labels)  # detach(), or the sum keeps every batch in memory
+        correct += (logits.argmax(dim=1) == labels).sum()  # argmax: the class of the largest logit
+        if batch % 100 == 1 or batch == len(loader):  # seldom: item() has to wait for a GPU
             stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
@@ -90,8 +91,8 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
 @torch.no_grad()  # nothing here needs gradients, and without them it is faster and takes less memory
 def evaluate(model, loader, device):
     """Return the mean cross-entropy and the accuracy in percent over the loader's images."""
-    # eval() switches BatchNorm from the batch's own mean and variance to the running ones, and Dropout off:
-    # an image's answer then depends neither on its neighbours nor on chance. train() switches back.
+    # eval() switches BatchNorm from the batch's mean and variance to those averaged in training, and Dropout
+    # off: an image's answer then depends neither on its neighbours nor on chance. train() switches back.
     model.eval()
     total_loss = correct = 0
     for images, labels in loader:
@@ -119,12 +120,12 @@ def report_epoch(writer, epoch, epochs, row):
 def train(args, train_set, val_set, class_names):
     """Train a new SimpleCNN. Returns it and its history, a list with the figures of every epoch."""
     torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
-    shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
-    pinned = args.device.type == "cuda"  # memory from which a GPU copies while the CPU goes on
+    shuffle = torch.Generator().manual_seed(args.seed)  # random numbers for the order of the images alone
+    pinned = args.device.type == "cuda"  # pinned memory: a GPU copies from it while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
-    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep
+    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients: room for more images
     model = SimpleCNN(len(class_names)).to(args.device)
-    loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
+    loss_fn = nn.CrossEntropyLoss()  # softmax of the logits, then the mean of -ln(share of the true class)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
     run_dir = new_run_dirs(args.data, args.output_dir / "tensor_board" / LESSON)[0]
     history = []
@@ -137,7 +138,7 @@ def train(args, train_set, val_set, class_names):
             val_loss, val_acc = evaluate(model, val_loader, args.device)
             stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
             row = {  # named as the curves in TensorBoard
-                "Loss/train": loss,  # a mean over the epoch; validation, at its end, can look better
+                "Loss/train": loss,  # while it was learning: validation, afterwards, can look better
                 "Loss/val": val_loss,
                 "Accuracy/train": acc,
                 "Accuracy/val": val_acc,
@@ -159,6 +160,7 @@ def find_overfitting(history):
             signs.setdefault("training accuracy is more than 10 points above validation accuracy", epoch)
         last_four = history[max(0, epoch - 4) : epoch]  # between four epochs lie three changes
         train, val = ([row[name] for row in last_four] for name in ["Loss/train", "Loss/val"])
+        # strictly rising or falling: the same as its values in order, each once
         rises, falls = val == sorted(set(val)), train == sorted(set(train), reverse=True)
         if len(last_four) == 4 and rises and falls:
             signs.setdefault("validation loss has risen for 3 epochs while training loss fell", epoch)
@@ -175,15 +177,15 @@ def show_modes(model, images, device):
     for mode in ["train", "eval"]:
         model.train(mode == "train")
         model.dropout.p = 0.5  # this lesson trains without dropout; here it is switched on to be seen
-        dropout = (model(inputs) - model(inputs)).abs().max()
+        by_dropout = (model(inputs) - model(inputs)).abs().max()
         model.dropout.p = 0.0
-        batch_norm = (model(inputs)[:4] - model(inputs[:4])).abs().max()  # 4 images: among others, alone
-        print(f"  {mode:5} mode: {dropout:.4f} by Dropout, {batch_norm:.4f} by other images (BatchNorm)")
+        by_others = (model(inputs)[:4] - model(inputs[:4])).abs().max()  # 4 images: among others, alone
+        print(f"  {mode:5} mode: {by_dropout:.4f} by Dropout, {by_others:.4f} by other images (BatchNorm)")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # auto no more
+    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # not "auto" now
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
     print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
     model, history = train(args, train_set, val_set, class_names)

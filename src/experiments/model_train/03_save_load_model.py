@@ -42,27 +42,27 @@ from tqdm import tqdm
 
 
 class SimpleCNN(nn.Module):
-    """Three convolutions, two fully connected layers: images (N, 3, 32, 32) to logits (N, num_classes)."""
+    """Images (N, 3, 32, 32) to logits (N, num_classes): a score for each class; the largest is the answer."""
 
     def __init__(self, num_classes=10, dropout=0.0):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # no bias: bn1 adds one
-        self.bn1 = nn.BatchNorm2d(32)  # each channel to mean 0 and variance 1, then scaled and shifted
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # 3 channels to 32; bias in bn1
+        self.bn1 = nn.BatchNorm2d(32)  # over the batch: mean 0, variance 1, then a learned scale and shift
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(64)
         self.conv3 = nn.Conv2d(64, 128, kernel_size=3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(128)
         self.fc1 = nn.Linear(128 * 4 * 4, 256)
-        self.dropout = nn.Dropout(dropout)  # does nothing at 0.0; lesson 05 uses it
+        self.dropout = nn.Dropout(dropout)  # sets this share of the values to 0: none yet, see lesson 05
         self.fc2 = nn.Linear(256, num_classes)
 
     def forward(self, x):  # (N, 3, 32, 32)
-        # Pooling comes before BatchNorm and ReLU, to leave them a quarter of the values: quicker than last.
+        # max_pool2d keeps the largest of each 2x2; done first, it leaves BatchNorm and ReLU a quarter to do.
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
         x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
         x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
-        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # (N, 256)
-        return self.fc2(x)  # (N, num_classes): logits are any real numbers, there is no softmax here
+        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # flatten: (N, 2048), fc1: (N, 256)
+        return self.fc2(x)  # (N, num_classes): any real numbers; softmax would make them probabilities
 
 
 def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
@@ -71,9 +71,10 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
     total_loss = correct = 0  # sums over images: in a mean of batch means, a small last batch weighs too much
     bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)
     for batch, (images, labels) in enumerate(bar, start=1):
+        # Copy to the device (CPU or GPU); to_input() turns bytes (N, 32, 32, 3) into floats (N, 3, 32, 32).
         images, labels = to_input(images, device), to_device(labels, device)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
-        logits = model(images)  # (N, 10)
+        logits = model(images)  # calls forward(): (N, 10)
         loss = loss_fn(logits, labels)
         # 2. zero_grad: forget the gradients of the batch before; backward() would add to them.
         optimizer.zero_grad()
@@ -82,9 +83,9 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)  # detach(): the number, not how it came about
-        correct += (logits.argmax(dim=1) == labels).sum()
-        if batch % 100 == 1 or batch == len(loader):  # seldom: reading a number makes a GPU wait
+        total_loss += loss.detach() * len(labels)  # detach(), or the sum keeps every batch in memory
+        correct += (logits.argmax(dim=1) == labels).sum()  # argmax: the class of the largest logit
+        if batch % 100 == 1 or batch == len(loader):  # seldom: item() has to wait for a GPU
             stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
@@ -92,8 +93,8 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
 @torch.no_grad()  # nothing here needs gradients, and without them it is faster and takes less memory
 def evaluate(model, loader, device):
     """Return the mean cross-entropy and the accuracy in percent over the loader's images."""
-    # eval() switches BatchNorm from the batch's own mean and variance to the running ones, and Dropout off:
-    # an image's answer then depends neither on its neighbours nor on chance. train() switches back.
+    # eval() switches BatchNorm from the batch's mean and variance to those averaged in training, and Dropout
+    # off: an image's answer then depends neither on its neighbours nor on chance. train() switches back.
     model.eval()
     total_loss = correct = 0
     for images, labels in loader:
@@ -164,16 +165,16 @@ def train(args, train_set, val_set, class_names, folder, resumed):
     Validates every epoch and saves it in the folder. Returns the history, a list of the epochs' figures.
     """
     torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
-    shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
-    pinned = args.device.type == "cuda"  # memory from which a GPU copies while the CPU goes on
+    shuffle = torch.Generator().manual_seed(args.seed)  # random numbers for the order of the images alone
+    pinned = args.device.type == "cuda"  # pinned memory: a GPU copies from it while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
-    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep
+    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients: room for more images
     model = SimpleCNN(len(class_names)).to(args.device)
-    loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
+    loss_fn = nn.CrossEntropyLoss()  # softmax of the logits, then the mean of -ln(share of the true class)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
     # NEW in 03: what another process needs to go on as if nothing had happened: weights, momentum, and chance
     parts = {"model": model, "optimizer": optimizer}
-    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # all that draws lots
+    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # all chance
     latest, best = folder / "latest_checkpoint.pth", folder / "best_model.pth"
     history = load_checkpoint(resumed, parts, generators)["history"] if resumed else []
     print(f"{len(history)} of {args.epochs} epochs are done.")
@@ -187,10 +188,10 @@ def train(args, train_set, val_set, class_names, folder, resumed):
     if not latest.exists():
         save(latest)  # so that a run that is stopped in its first epoch can be resumed, too
     if history and not best.exists():
-        save(best)  # the best that this folder has
+        save(best)  # the best so far: the history in best_model.pth ends with its own epoch
     best_accuracy = load_checkpoint(best)["history"][-1]["Accuracy/val"] if best.exists() else -1.0
     run_dir = args.output_dir / "tensor_board" / LESSON / folder.name
-    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # hides unsaved epochs
+    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # hides points of unsaved epochs
         writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.perf_counter()
@@ -199,7 +200,7 @@ def train(args, train_set, val_set, class_names, folder, resumed):
             val_loss, val_acc = evaluate(model, val_loader, args.device)
             stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
             row = {  # named as the curves in TensorBoard
-                "Loss/train": loss,  # a mean over the epoch; validation, at its end, can look better
+                "Loss/train": loss,  # while it was learning: validation, afterwards, can look better
                 "Loss/val": val_loss,
                 "Accuracy/train": acc,
                 "Accuracy/val": val_acc,
@@ -251,8 +252,8 @@ def predict(model, images, device):
 # NEW in 03: the three most probable classes in words
 def describe(probabilities, class_names):
     """Return the three largest of the probabilities (num_classes,) in words, as in "cat 71.3 %, ..."."""
-    top = probabilities.topk(3)
-    return ", ".join(f"{class_names[i]} {100 * p:.1f} %" for p, i in zip(*top, strict=True))
+    values, positions = probabilities.topk(3)
+    return ", ".join(f"{class_names[i]} {100 * p:.1f} %" for p, i in zip(values, positions, strict=True))
 
 
 def main(argv=None):
@@ -273,12 +274,12 @@ def main(argv=None):
             resumed = find_newest(checkpoints, "*/latest_checkpoint.pth")
         elif resumed.is_dir():
             resumed = resumed / "latest_checkpoint.pth"
-        args = parse_args(argv, load_checkpoint(resumed, {"model": SimpleCNN()}))
+        args = parse_args(argv, load_checkpoint(resumed, {"model": SimpleCNN()}))  # anew, with its settings
 
-    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # auto no more
+    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # not "auto" now
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
     print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
-    # NEW in 03: a run's latest checkpoint goes on in its folder, any other one in a new one: nothing is lost
+    # NEW in 03: a run's latest checkpoint goes on in its folder, any other in a new folder: nothing is lost
     if resumed and resumed.resolve() in checkpoints.resolve().glob("*/latest_checkpoint.pth"):
         folder = resumed.parent
     else:
@@ -286,7 +287,7 @@ def main(argv=None):
     try:
         train(args, train_set, val_set, class_names, folder, resumed)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(resume_hint(args, folder / "latest_checkpoint.pth")) from None
+        raise KeyboardInterrupt(resume_hint(args, folder)) from None  # printed at the end of this file
 
     # NEW in 03: the best model from its file, in a new network, on images that played no part in the training
     model = SimpleCNN()

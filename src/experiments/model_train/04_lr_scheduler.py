@@ -11,9 +11,9 @@ Expect 76.9 to 78.0 % validation accuracy with the schedules and 74.8 to 75.1 % 
 to 25 minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to 44), and two pictures in artifacts/. Every arm
 has a folder 04_lr_scheduler/<data>_run_N/<arm>/ in artifacts/checkpoints/ and one in tensor_board/.
 
-Exercises: 1. Write T_max=epochs // 2 in SCHEDULERS, and look at lr_schedules.png: the cosine comes back up.
-2. Move scheduler.step() before train_one_epoch(), and add --schedulers ExponentialLR: PyTorch warns, and the
-first epoch misses the rate you asked for.
+Exercises: 1. Write T_max=epochs // 2 in SCHEDULERS: the cosine in lr_schedules.png comes back up.
+2. Write pass for scheduler.step(), and step before train_one_epoch() instead, with --schedulers
+ExponentialLR: PyTorch warns, and the first epoch misses the rate you asked for.
 """
 
 import argparse
@@ -47,27 +47,27 @@ from tqdm import tqdm
 
 
 class SimpleCNN(nn.Module):
-    """Three convolutions, two fully connected layers: images (N, 3, 32, 32) to logits (N, num_classes)."""
+    """Images (N, 3, 32, 32) to logits (N, num_classes): a score for each class; the largest is the answer."""
 
     def __init__(self, num_classes=10, dropout=0.0):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # no bias: bn1 adds one
-        self.bn1 = nn.BatchNorm2d(32)  # each channel to mean 0 and variance 1, then scaled and shifted
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # 3 channels to 32; bias in bn1
+        self.bn1 = nn.BatchNorm2d(32)  # over the batch: mean 0, variance 1, then a learned scale and shift
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(64)
         self.conv3 = nn.Conv2d(64, 128, kernel_size=3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(128)
         self.fc1 = nn.Linear(128 * 4 * 4, 256)
-        self.dropout = nn.Dropout(dropout)  # does nothing at 0.0; lesson 05 uses it
+        self.dropout = nn.Dropout(dropout)  # sets this share of the values to 0: none yet, see lesson 05
         self.fc2 = nn.Linear(256, num_classes)
 
     def forward(self, x):  # (N, 3, 32, 32)
-        # Pooling comes before BatchNorm and ReLU, to leave them a quarter of the values: quicker than last.
+        # max_pool2d keeps the largest of each 2x2; done first, it leaves BatchNorm and ReLU a quarter to do.
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
         x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
         x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
-        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # (N, 256)
-        return self.fc2(x)  # (N, num_classes): logits are any real numbers, there is no softmax here
+        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # flatten: (N, 2048), fc1: (N, 256)
+        return self.fc2(x)  # (N, num_classes): any real numbers; softmax would make them probabilities
 
 
 def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
@@ -76,9 +76,10 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
     total_loss = correct = 0  # sums over images: in a mean of batch means, a small last batch weighs too much
     bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)
     for batch, (images, labels) in enumerate(bar, start=1):
+        # Copy to the device (CPU or GPU); to_input() turns bytes (N, 32, 32, 3) into floats (N, 3, 32, 32).
         images, labels = to_input(images, device), to_device(labels, device)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
-        logits = model(images)  # (N, 10)
+        logits = model(images)  # calls forward(): (N, 10)
         loss = loss_fn(logits, labels)
         # 2. zero_grad: forget the gradients of the batch before; backward() would add to them.
         optimizer.zero_grad()
@@ -87,9 +88,9 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)  # detach(): the number, not how it came about
-        correct += (logits.argmax(dim=1) == labels).sum()
-        if batch % 100 == 1 or batch == len(loader):  # seldom: reading a number makes a GPU wait
+        total_loss += loss.detach() * len(labels)  # detach(), or the sum keeps every batch in memory
+        correct += (logits.argmax(dim=1) == labels).sum()  # argmax: the class of the largest logit
+        if batch % 100 == 1 or batch == len(loader):  # seldom: item() has to wait for a GPU
             stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
@@ -97,8 +98,8 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch):
 @torch.no_grad()  # nothing here needs gradients, and without them it is faster and takes less memory
 def evaluate(model, loader, device):
     """Return the mean cross-entropy and the accuracy in percent over the loader's images."""
-    # eval() switches BatchNorm from the batch's own mean and variance to the running ones, and Dropout off:
-    # an image's answer then depends neither on its neighbours nor on chance. train() switches back.
+    # eval() switches BatchNorm from the batch's mean and variance to those averaged in training, and Dropout
+    # off: an image's answer then depends neither on its neighbours nor on chance. train() switches back.
     model.eval()
     total_loss = correct = 0
     for images, labels in loader:
@@ -161,8 +162,8 @@ def load_checkpoint(path, parts=None, generators=()):
         sys.exit(f"{path} is damaged or not for this lesson ({type(error).__name__}). Name another one.")
 
 
-# NEW in 04: how the learning rate changes. Each function makes a scheduler for a run of that many epochs; its
-# step() is called after every epoch, so the numbers in it count epochs.
+# NEW in 04: how the learning rate changes. Each function makes a scheduler for a run of that many epochs. Its
+# step() is called after every epoch, so step size, milestones, T_max and patience count epochs.
 SCHEDULERS = {
     # Stays as it is: the yardstick for the others.
     "Constant": lambda optimizer, epochs: lr_scheduler.ConstantLR(optimizer, factor=1.0),
@@ -172,11 +173,11 @@ SCHEDULERS = {
     "MultiStepLR": lambda optimizer, epochs: lr_scheduler.MultiStepLR(
         optimizer, milestones=[math.ceil(epochs / 2), math.ceil(epochs * 3 / 4)], gamma=0.1
     ),
-    # The same factor every epoch, down to a hundredth at the end: smooth, but a tenth already in the middle.
+    # The same factor every epoch, a hundredth after the last: smooth, but a tenth already in the middle.
     "ExponentialLR": lambda optimizer, epochs: lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / epochs)),
-    # Half a cosine wave from the full rate to 0: a good first choice if the number of epochs is fixed.
+    # Half a cosine wave, 0 after the last epoch: a good first choice if the number of epochs is fixed.
     "CosineAnnealingLR": lambda optimizer, epochs: lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs),
-    # Divides it by 5 once the validation loss has not fallen for more than 1 epoch: if nobody knows how long.
+    # Divides it by 5 after 2 epochs without a new lowest validation loss: if nobody knows how long to train.
     "ReduceLROnPlateau": lambda optimizer, epochs: lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=0.2, patience=1
     ),
@@ -189,16 +190,16 @@ def train(args, name, train_set, val_set, class_names, folder):
     Validates every epoch and saves it in the folder. Returns the history, a list of the epochs' figures.
     """
     torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
-    shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
-    pinned = args.device.type == "cuda"  # memory from which a GPU copies while the CPU goes on
+    shuffle = torch.Generator().manual_seed(args.seed)  # random numbers for the order of the images alone
+    pinned = args.device.type == "cuda"  # pinned memory: a GPU copies from it while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
-    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep
+    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients: room for more images
     model = SimpleCNN(len(class_names)).to(args.device)
-    loss_fn = nn.CrossEntropyLoss()  # wants logits: it applies the softmax itself
+    loss_fn = nn.CrossEntropyLoss()  # softmax of the logits, then the mean of -ln(share of the true class)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
     scheduler = SCHEDULERS[name](optimizer, args.epochs)  # NEW in 04: it sets the optimizer's learning rate
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # all that draws lots
+    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # all chance
     latest, best = folder / "latest_checkpoint.pth", folder / "best_model.pth"
     history = load_checkpoint(latest, parts, generators)["history"] if latest.exists() else []
     print(f"{name}: {len(history)} of {args.epochs} epochs are done.")
@@ -212,12 +213,12 @@ def train(args, name, train_set, val_set, class_names, folder):
     if not latest.exists():
         save(latest)  # so that a run that is stopped in its first epoch can be resumed, too
     if history and not best.exists():
-        save(best)  # the best that this folder has
+        save(best)  # the best so far: the history in best_model.pth ends with its own epoch
     best_accuracy = load_checkpoint(best)["history"][-1]["Accuracy/val"] if best.exists() else -1.0
     run_dir = args.output_dir / "tensor_board" / LESSON / folder.parent.name / name
-    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # hides unsaved epochs
+    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # hides points of unsaved epochs
         writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
-        # NEW in 04: the arms side by side under HParams, with the last point of the curve named here
+        # NEW in 04: TensorBoard's tab HParams lists every arm with the last point of this curve (0: not used)
         settings = {"arm": name, "epochs": args.epochs, "lr": args.lr, "seed": args.seed}
         for summary in hparams(settings, {"Accuracy/best_val": 0}):
             writer.file_writer.add_summary(summary)
@@ -228,7 +229,7 @@ def train(args, name, train_set, val_set, class_names, folder):
             val_loss, val_acc = evaluate(model, val_loader, args.device)
             stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
             row = {  # named as the curves in TensorBoard
-                "Loss/train": loss,  # a mean over the epoch; validation, at its end, can look better
+                "Loss/train": loss,  # while it was learning: validation, afterwards, can look better
                 "Loss/val": val_loss,
                 "Accuracy/train": acc,
                 "Accuracy/val": val_acc,
@@ -239,8 +240,8 @@ def train(args, name, train_set, val_set, class_names, folder):
             row["Accuracy/best_val"] = max(val_acc, best_accuracy)  # NEW in 04
             history.append(row)
             report_epoch(writer, epoch, args.epochs, row)
-            # NEW in 04: the scheduler steps after the epoch, so after the optimizer. One has to know how the
-            # epoch went: by the validation loss, since that of training falls on when nothing is gained.
+            # NEW in 04: step after the epoch, so after the optimizer. ReduceLROnPlateau wants to know a loss:
+            # that of validation, since that of training goes on falling when nothing is gained any more.
             if name == "ReduceLROnPlateau":
                 scheduler.step(val_loss)
             else:
@@ -271,12 +272,12 @@ def plot_arms(histories, images, data):
     left.legend()
     right.set(title="Best epoch, with the standard error of one accuracy", xlabel="validation accuracy (%)")
     for ax in [*rate_figure.axes, left]:
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(integer=True)  # whole epochs
         ax.grid(alpha=0.3)
     return {"lr_schedules": rate_figure, "lr_comparison": figure}
 
 
-# NEW in 04: how far chance can move an accuracy
+# NEW in 04: how far an accuracy strays by chance
 def standard_error(accuracy, images):
     """Return the standard error, in points, of an accuracy in percent that was measured on that many images.
 
@@ -292,7 +293,7 @@ def print_ranking(histories, images, data):
     """Print the arms by their best validation accuracy, measured on that many images of the data."""
     best = {name: max(row["Accuracy/val"] for row in history) for name, history in histories.items()}
     ranking = sorted(best, key=best.get, reverse=True)
-    error = 2**0.5 * standard_error(best[ranking[0]], images)  # of a difference: up to sqrt(2) times as large
+    error = 2**0.5 * standard_error(best[ranking[0]], images)  # of a difference: both of its accuracies stray
     print(f"Best validation accuracy on {images:,} images of {data}; a difference has the", end="")
     print(f" standard error {error:.2f}:")
     for name in ranking:
@@ -313,9 +314,9 @@ def main(argv=None):
             folder = find_newest(checkpoints, "*/*/latest_checkpoint.pth").parents[1]
         if folder.resolve().parent != checkpoints.resolve():
             sys.exit(f"There is no run {folder} in {checkpoints}. Name its --output-dir, or another one.")
-        args = parse_args(argv, load_checkpoint(find_newest(folder, "*/latest_checkpoint.pth")))
+        args = parse_args(argv, load_checkpoint(find_newest(folder, "*/latest_checkpoint.pth")))  # anew
 
-    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # auto no more
+    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # not "auto" now
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
     print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
     if not folder:
@@ -326,7 +327,7 @@ def main(argv=None):
         for name in args.schedulers:
             histories[name] = train(args, name, train_set, val_set, class_names, folder / name)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(resume_hint(args, folder)) from None
+        raise KeyboardInterrupt(resume_hint(args, folder)) from None  # printed at the end of this file
 
     # NEW in 04: pictures and ranking
     artifacts = args.output_dir / "artifacts"

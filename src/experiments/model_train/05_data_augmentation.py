@@ -46,27 +46,27 @@ from tqdm import tqdm
 
 
 class SimpleCNN(nn.Module):
-    """Three convolutions, two fully connected layers: images (N, 3, 32, 32) to logits (N, num_classes)."""
+    """Images (N, 3, 32, 32) to logits (N, num_classes): a score for each class; the largest is the answer."""
 
     def __init__(self, num_classes=10, dropout=0.0):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # no bias: bn1 adds one
-        self.bn1 = nn.BatchNorm2d(32)  # each channel to mean 0 and variance 1, then scaled and shifted
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # 3 channels to 32; bias in bn1
+        self.bn1 = nn.BatchNorm2d(32)  # over the batch: mean 0, variance 1, then a learned scale and shift
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(64)
         self.conv3 = nn.Conv2d(64, 128, kernel_size=3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(128)
         self.fc1 = nn.Linear(128 * 4 * 4, 256)
-        self.dropout = nn.Dropout(dropout)  # does nothing at 0.0; lesson 05 uses it
+        self.dropout = nn.Dropout(dropout)  # sets this share of the values to 0: none yet, see lesson 05
         self.fc2 = nn.Linear(256, num_classes)
 
     def forward(self, x):  # (N, 3, 32, 32)
-        # Pooling comes before BatchNorm and ReLU, to leave them a quarter of the values: quicker than last.
+        # max_pool2d keeps the largest of each 2x2; done first, it leaves BatchNorm and ReLU a quarter to do.
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
         x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
         x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
-        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # (N, 256)
-        return self.fc2(x)  # (N, num_classes): logits are any real numbers, there is no softmax here
+        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # flatten: (N, 2048), fc1: (N, 256)
+        return self.fc2(x)  # (N, num_classes): any real numbers; softmax would make them probabilities
 
 
 def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, augment=None):
@@ -78,9 +78,10 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, augment=No
         # NEW in 05: other random transforms in every epoch, and only here, never in evaluate()
         if augment:
             images = augment(to_device(images, device))
+        # Copy to the device (CPU or GPU); to_input() turns bytes (N, 32, 32, 3) into floats (N, 3, 32, 32).
         images, labels = to_input(images, device), to_device(labels, device)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
-        logits = model(images)  # (N, 10)
+        logits = model(images)  # calls forward(): (N, 10)
         loss = loss_fn(logits, labels)
         # 2. zero_grad: forget the gradients of the batch before; backward() would add to them.
         optimizer.zero_grad()
@@ -89,9 +90,9 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, augment=No
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)  # detach(): the number, not how it came about
-        correct += (logits.argmax(dim=1) == labels).sum()
-        if batch % 100 == 1 or batch == len(loader):  # seldom: reading a number makes a GPU wait
+        total_loss += loss.detach() * len(labels)  # detach(), or the sum keeps every batch in memory
+        correct += (logits.argmax(dim=1) == labels).sum()  # argmax: the class of the largest logit
+        if batch % 100 == 1 or batch == len(loader):  # seldom: item() has to wait for a GPU
             stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
@@ -99,8 +100,8 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, augment=No
 @torch.no_grad()  # nothing here needs gradients, and without them it is faster and takes less memory
 def evaluate(model, loader, device):
     """Return the mean cross-entropy and the accuracy in percent over the loader's images."""
-    # eval() switches BatchNorm from the batch's own mean and variance to the running ones, and Dropout off:
-    # an image's answer then depends neither on its neighbours nor on chance. train() switches back.
+    # eval() switches BatchNorm from the batch's mean and variance to those averaged in training, and Dropout
+    # off: an image's answer then depends neither on its neighbours nor on chance. train() switches back.
     model.eval()
     total_loss = correct = 0
     for images, labels in loader:
@@ -177,7 +178,7 @@ def print_ranking(histories, images, data):
     """Print the arms by their best validation accuracy, measured on that many images of the data."""
     best = {name: max(row["Accuracy/val"] for row in history) for name, history in histories.items()}
     ranking = sorted(best, key=best.get, reverse=True)
-    error = 2**0.5 * standard_error(best[ranking[0]], images)  # of a difference: up to sqrt(2) times as large
+    error = 2**0.5 * standard_error(best[ranking[0]], images)  # of a difference: both of its accuracies stray
     print(f"Best validation accuracy on {images:,} images of {data}; a difference has the", end="")
     print(f" standard error {error:.2f}:")
     for name in ranking:
@@ -190,7 +191,7 @@ def print_ranking(histories, images, data):
 
 # NEW in 05: what happens to the training images
 # In the order of the list: geometric transforms move pixels and keep the label; colour changes in 3 of 10
-# groups only, because hue costs more than all the rest; erasing hides a patch, so that no detail decides.
+# draws only, because hue takes more time than all the rest; erasing hides a patch: no detail decides alone.
 AUGMENTATION = [
     v2.RandomHorizontalFlip(p=0.5),
     v2.RandomCrop(32, padding=4),
@@ -231,21 +232,21 @@ def train(args, name, train_set, val_set, class_names, folder):
     Validates every epoch and saves it in the folder. Returns the history, a list of the epochs' figures.
     """
     torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
-    shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
-    pinned = args.device.type == "cuda"  # memory from which a GPU copies while the CPU goes on
+    shuffle = torch.Generator().manual_seed(args.seed)  # random numbers for the order of the images alone
+    pinned = args.device.type == "cuda"  # pinned memory: a GPU copies from it while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
-    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep
+    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients: room for more images
     augmented, dropout = ARMS[name]  # NEW in 05
     augment = make_augmentation(args.data, args.group_size) if augmented else None  # NEW in 05
     model = SimpleCNN(len(class_names), dropout).to(args.device)
-    # NEW in 05: a recipe for longer training. Label smoothing asks for 91 % instead of 100 % for the true
-    # class, so that even a perfect network has a training loss of 0.50. Weight decay keeps weights small.
-    # Nesterov momentum takes the gradient where the momentum is about to lead.
+    # NEW in 05: a recipe for longer training. Label smoothing asks for 91 % for the true class, not 100 %:
+    # Loss/train then stays above 0.50, and does not compare with Loss/val, which is plain. Weight decay keeps
+    # weights small. Nesterov momentum takes the gradient where the momentum is about to lead.
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # all that draws lots
+    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # all chance
     latest, best = folder / "latest_checkpoint.pth", folder / "best_model.pth"
     history = load_checkpoint(latest, parts, generators)["history"] if latest.exists() else []
     print(f"{name}: {len(history)} of {args.epochs} epochs are done.")
@@ -259,10 +260,10 @@ def train(args, name, train_set, val_set, class_names, folder):
     if not latest.exists():
         save(latest)  # so that a run that is stopped in its first epoch can be resumed, too
     if history and not best.exists():
-        save(best)  # the best that this folder has
+        save(best)  # the best so far: the history in best_model.pth ends with its own epoch
     best_accuracy = load_checkpoint(best)["history"][-1]["Accuracy/val"] if best.exists() else -1.0
     run_dir = args.output_dir / "tensor_board" / LESSON / folder.parent.name / name
-    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # hides unsaved epochs
+    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # hides points of unsaved epochs
         writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
         settings = {"arm": name, "epochs": args.epochs, "lr": args.lr, "seed": args.seed}
         for summary in hparams(settings, {"Accuracy/best_val": 0}):
@@ -274,7 +275,7 @@ def train(args, name, train_set, val_set, class_names, folder):
             val_loss, val_acc = evaluate(model, val_loader, args.device)
             stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
             row = {  # named as the curves in TensorBoard
-                "Loss/train": loss,  # a mean over the epoch; validation, at its end, can look better
+                "Loss/train": loss,  # while it was learning: validation, afterwards, can look better
                 "Loss/val": val_loss,
                 "Accuracy/train": acc,
                 "Accuracy/val": val_acc,
@@ -325,15 +326,16 @@ def measure_gaps(args, folder, histories, train_set):
 
     Training accuracy is measured on images as they are: on augmented ones the gap looks smaller than it is.
     """
-    loader, gaps = DataLoader(TensorDataset(*train_set[:10_000]), batch_size=1000), {}
+    loader = DataLoader(TensorDataset(*train_set[:10_000]), batch_size=1000)  # [..]: images and their labels
     print(f"Overfitting of the best models, by {len(loader.dataset):,} training images as they are:")
+    gaps = {}
     for name, history in histories.items():
         model = SimpleCNN()
         best = load_checkpoint(folder / name / "best_model.pth", {"model": model})["history"][-1]
         _, train_accuracy = evaluate(model.to(args.device), loader, args.device)
         gap = gaps[name] = train_accuracy - best["Accuracy/val"]
-        verdict = "overfits" if gap > 10 else "hardly overfits"
-        if train_accuracy < 50:  # a rule of thumb, as the 10 points are
+        verdict = "overfits" if gap > 10 else "hardly overfits"  # 10 and 50 are rules of thumb
+        if train_accuracy < 50:
             verdict = "has not learned enough to overfit"
         print(f"  {name}: training {train_accuracy:.2f} %, validation {best['Accuracy/val']:.2f} %")
         seconds = sum(row["Seconds"] for row in history)
@@ -352,7 +354,7 @@ def plot_comparison(histories, gaps, data):
             left.plot(range(1, len(values) + 1), values, style, color=f"C{number}", label=label)
         right.barh(f"{name}\n{gaps[name]:.1f} points", gaps[name], color=f"C{number}")
     left.set(title=f"SimpleCNN on {data} (train: as augmented)", xlabel="epoch", ylabel="accuracy (%)")
-    left.xaxis.get_major_locator().set_params(integer=True)
+    left.xaxis.get_major_locator().set_params(integer=True)  # whole epochs
     left.grid(alpha=0.3)
     left.legend(fontsize=8)
     right.set(title="Gap of the best models, images as they are", xlabel="training - validation (points)")
@@ -371,9 +373,9 @@ def main(argv=None):
             folder = find_newest(checkpoints, "*/*/latest_checkpoint.pth").parents[1]
         if folder.resolve().parent != checkpoints.resolve():
             sys.exit(f"There is no run {folder} in {checkpoints}. Name its --output-dir, or another one.")
-        args = parse_args(argv, load_checkpoint(find_newest(folder, "*/latest_checkpoint.pth")))
+        args = parse_args(argv, load_checkpoint(find_newest(folder, "*/latest_checkpoint.pth")))  # anew
 
-    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # auto no more
+    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # not "auto" now
     train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
     print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
     if not folder:
@@ -383,7 +385,7 @@ def main(argv=None):
         for name in ARMS:
             histories[name] = train(args, name, train_set, val_set, class_names, folder / name)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(resume_hint(args, folder)) from None
+        raise KeyboardInterrupt(resume_hint(args, folder)) from None  # printed at the end of this file
 
     artifacts = args.output_dir / "artifacts"
     artifacts.mkdir(parents=True, exist_ok=True)

@@ -53,27 +53,27 @@ from tqdm import tqdm
 
 
 class SimpleCNN(nn.Module):
-    """Three convolutions, two fully connected layers: images (N, 3, 32, 32) to logits (N, num_classes)."""
+    """Images (N, 3, 32, 32) to logits (N, num_classes): a score for each class; the largest is the answer."""
 
     def __init__(self, num_classes=10, dropout=0.0):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # no bias: bn1 adds one
-        self.bn1 = nn.BatchNorm2d(32)  # each channel to mean 0 and variance 1, then scaled and shifted
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # 3 channels to 32; bias in bn1
+        self.bn1 = nn.BatchNorm2d(32)  # over the batch: mean 0, variance 1, then a learned scale and shift
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(64)
         self.conv3 = nn.Conv2d(64, 128, kernel_size=3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(128)
         self.fc1 = nn.Linear(128 * 4 * 4, 256)
-        self.dropout = nn.Dropout(dropout)  # does nothing at 0.0; lesson 05 uses it
+        self.dropout = nn.Dropout(dropout)  # sets this share of the values to 0: none yet, see lesson 05
         self.fc2 = nn.Linear(256, num_classes)
 
     def forward(self, x):  # (N, 3, 32, 32)
-        # Pooling comes before BatchNorm and ReLU, to leave them a quarter of the values: quicker than last.
+        # max_pool2d keeps the largest of each 2x2; done first, it leaves BatchNorm and ReLU a quarter to do.
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
         x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
         x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
-        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # (N, 256)
-        return self.fc2(x)  # (N, num_classes): logits are any real numbers, there is no softmax here
+        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # flatten: (N, 2048), fc1: (N, 256)
+        return self.fc2(x)  # (N, num_classes): any real numbers; softmax would make them probabilities
 
 
 def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, augment=None):
@@ -84,9 +84,10 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, augment=No
     for batch, (images, labels) in enumerate(bar, start=1):
         if augment:
             images = augment(to_device(images, device))
+        # Copy to the device (CPU or GPU); to_input() turns bytes (N, 32, 32, 3) into floats (N, 3, 32, 32).
         images, labels = to_input(images, device), to_device(labels, device)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
-        logits = model(images)  # (N, 10)
+        logits = model(images)  # calls forward(): (N, 10)
         loss = loss_fn(logits, labels)
         # 2. zero_grad: forget the gradients of the batch before; backward() would add to them.
         optimizer.zero_grad()
@@ -95,9 +96,9 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, augment=No
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
 
-        total_loss += loss.detach() * len(labels)  # detach(): the number, not how it came about
-        correct += (logits.argmax(dim=1) == labels).sum()
-        if batch % 100 == 1 or batch == len(loader):  # seldom: reading a number makes a GPU wait
+        total_loss += loss.detach() * len(labels)  # detach(), or the sum keeps every batch in memory
+        correct += (logits.argmax(dim=1) == labels).sum()  # argmax: the class of the largest logit
+        if batch % 100 == 1 or batch == len(loader):  # seldom: item() has to wait for a GPU
             stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
@@ -105,8 +106,8 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, augment=No
 @torch.no_grad()  # nothing here needs gradients, and without them it is faster and takes less memory
 def evaluate(model, loader, device):
     """Return the mean cross-entropy and the accuracy in percent over the loader's images."""
-    # eval() switches BatchNorm from the batch's own mean and variance to the running ones, and Dropout off:
-    # an image's answer then depends neither on its neighbours nor on chance. train() switches back.
+    # eval() switches BatchNorm from the batch's mean and variance to those averaged in training, and Dropout
+    # off: an image's answer then depends neither on its neighbours nor on chance. train() switches back.
     model.eval()
     total_loss = correct = 0
     for images, labels in loader:
@@ -170,7 +171,7 @@ def load_checkpoint(path, parts=None, generators=()):
 
 
 # In the order of the list: geometric transforms move pixels and keep the label; colour changes in 3 of 10
-# groups only, because hue costs more than all the rest; erasing hides a patch, so that no detail decides.
+# draws only, because hue takes more time than all the rest; erasing hides a patch: no detail decides alone.
 AUGMENTATION = [
     v2.RandomHorizontalFlip(p=0.5),
     v2.RandomCrop(32, padding=4),
@@ -199,10 +200,10 @@ def make_augmentation(data, group_size):
 def train(args, train_set, val_set, class_names, run_dir, path):
     """Train a SimpleCNN with augmented images, and save the model of the best validation accuracy as path."""
     torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
-    shuffle = torch.Generator().manual_seed(args.seed)  # its own numbers: nothing else changes the order
-    pinned = args.device.type == "cuda"  # memory from which a GPU copies while the CPU goes on
+    shuffle = torch.Generator().manual_seed(args.seed)  # random numbers for the order of the images alone
+    pinned = args.device.type == "cuda"  # pinned memory: a GPU copies from it while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
-    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients to keep
+    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients: room for more images
     augment = make_augmentation(args.data, args.group_size)
     model = SimpleCNN(len(class_names)).to(args.device)
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
@@ -218,7 +219,7 @@ def train(args, train_set, val_set, class_names, run_dir, path):
             val_loss, val_acc = evaluate(model, val_loader, args.device)
             stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
             row = {  # named as the curves in TensorBoard
-                "Loss/train": loss,  # a mean over the epoch; validation, at its end, can look better
+                "Loss/train": loss,  # while it was learning: validation, afterwards, can look better
                 "Loss/val": val_loss,
                 "Accuracy/train": acc,
                 "Accuracy/val": val_acc,
@@ -296,11 +297,11 @@ def measure(logits, labels, class_names):
         "images": len(labels),
         "loss": F.cross_entropy(logits, labels).item(),
         "accuracy": right.mean().item(),
-        "accuracy_95_percent_interval": [interval.low, interval.high],  # Wilson's, right for few images too
+        "accuracy_95_percent_interval": [interval.low, interval.high],  # Wilson's interval
         "top_k": {k: float(top_k_accuracy_score(labels, logits, k=k, labels=classes)) for k in [1, 3, 5]},
         "classes": {name: by_class[name] for name in class_names},
-        "macro_average": by_class["macro avg"],
-        "weighted_average": by_class["weighted avg"],
+        "macro_average": by_class["macro avg"],  # the mean over the classes
+        "weighted_average": by_class["weighted avg"],  # the same, weighted by their images
         "confusion_matrix": matrix.tolist(),
         "most_confused": [pair for pair in sorted(pairs, reverse=True)[:5] if pair[0]],
         "mean_confidence": confidence.mean().item(),
@@ -448,7 +449,7 @@ def main(argv=None):
         checkpoint = load_checkpoint(unfinished, {"model": model})
         os.replace(unfinished, path)
 
-    # NEW in 06: the test images are used here, once, for the model that is final
+    # NEW in 06: the test images choose nothing: the model is final when it meets them
     images, labels, _, _ = load_data(args.data, args.data_dir, train=False)
     images, labels = images[: args.subset], labels[: args.subset]
     test_loader = DataLoader(TensorDataset(images, labels), batch_size=1000)
