@@ -36,7 +36,8 @@ TRAIN_LINES = {
     "04": "validation name schedul "
     "latest best folder history resumed checkpoint save run_dir hparams settings summary "
     "add_summary val_loss else NEW epoch row epochs Returns Validates",
-    "05": "Loss/train augment dropout ARMS loss_fn optimizer schedul name NEW Label class Nesterov val_loss model else epoch "
+    "05": "Loss/train augment dropout "
+    "ARMS loss_fn optimizer schedul name NEW Label class Nesterov val_loss model else epoch "
     "hparams TensorBoard momentum",
 }
 
