@@ -328,6 +328,9 @@ def test_best_model_is_the_one_of_the_best_validation_accuracy(lessons, tmp_path
         assert [row["Accuracy/val"] for row in checkpoint["history"]] == [20.0, 60.0]
         candidates = [w for w, accuracy in zip(weights, accuracies, strict=True) if accuracy == 60.0]
         assert any(all(torch.equal(checkpoint["model"][k], w[k]) for k in w) for w in candidates)
+        if number in ["04", "05"]:
+            latest = load(path.with_name("latest_checkpoint.pth"))["history"]
+            assert [row["Accuracy/best_val"] for row in latest] == [20.0, 60.0, 60.0]
     says = {
         "03": "Best validation accuracy on digits: 60.00 % in epoch 2.",
         "04": "60.00 % in epoch  2",
@@ -335,6 +338,28 @@ def test_best_model_is_the_one_of_the_best_validation_accuracy(lessons, tmp_path
         "06": "best validation accuracy of its training: 60.00 %",
     }
     assert says[number] in output
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05"])
+def test_stopped_between_two_saves_it_loses_no_best_model(lessons, tmp_path, monkeypatch, number):
+    """The best model is on the disk before its epoch counts as done."""
+    lesson, epochs, saves, save_checkpoint = lessons[number], [], [], lessons[number].save_checkpoint
+
+    def save_or_stop(checkpoint, path):
+        saves.append(path.name)
+        if len(saves) == 5:  # one before the first epoch, two in each epoch that is the best so far
+            raise KeyboardInterrupt
+        save_checkpoint(checkpoint, path)
+
+    monkeypatch.setattr(lesson, "train_one_epoch", lambda *args: (epochs.append(args[5]), (1.0, 50.0))[1])
+    monkeypatch.setattr(lesson, "evaluate", lambda *_: (1.0, [20.0, 60.0, 40.0][epochs[-1] - 1]))
+    monkeypatch.setattr(lesson, "save_checkpoint", save_or_stop)
+    flags = [*FLAGS, "--epochs", 3, *(["--schedulers", "Constant"] if number == "04" else [])]
+    with pytest.raises(KeyboardInterrupt):
+        run_lesson(lesson, tmp_path, *flags)
+    run_lesson(lesson, tmp_path, *flags, "--resume")
+    for path in folder_of(lesson, tmp_path).rglob("best_model.pth"):
+        assert [row["Accuracy/val"] for row in load(path)["history"]] == [20.0, 60.0]
 
 
 def test_an_interrupted_save_leaves_the_old_file(lessons, tmp_path, monkeypatch):
@@ -531,6 +556,24 @@ def test_03_predicts_a_picture_and_trains_nothing(finished, lessons, tmp_path, c
             run_lesson(lessons["03"], folder, "--predict", path)
     with pytest.raises(SystemExit, match="Train first"):
         run_lesson(lessons["03"], tmp_path / "empty", "--predict", tmp_path / "a.png")
+
+
+def test_03_shows_what_the_best_model_says_of_the_first_ten_test_images(lessons, tmp_path, monkeypatch):
+    """Worked out again from its file. It is the model of epoch 2 of 3."""
+    lesson, accuracies = lessons["03"], iter([20.0, 60.0, 40.0])
+    monkeypatch.setattr(lesson, "evaluate", lambda *_: (1.0, next(accuracies)))
+    output = run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 3)
+    images, labels, *_ = lesson.load_data("digits", tmp_path, train=False)
+    model = lesson.SimpleCNN()
+    model.load_state_dict(load(folder_of(lesson, tmp_path) / "best_model.pth")["model"])
+    with torch.no_grad():
+        probabilities = torch.softmax(model.eval()(lesson.to_input(images[:10], CPU)), dim=1)
+    assert "The model of epoch 2 on ten test images of digits:" in output
+    lines = [line for line in output.splitlines() if line.startswith("  true: ")]
+    for line, label, shares in zip(lines, labels[:10], probabilities, strict=True):
+        top = sorted(range(10), key=lambda i, shares=shares: -shares[i])[:3]
+        words = ", ".join(f"{i} {100 * shares[i]:.1f} %" for i in top)
+        assert line.split() == f"true: {label} predicted: {words}".split()
 
 
 def test_03_picture_is_cut_to_its_middle_square_and_turned_upright(lessons, tmp_path):

@@ -263,9 +263,12 @@ def test_confidence_is_judged_by_the_interval_of_the_accuracy(lessons, capsys, c
             assert by_hand == expected
 
 
-def test_06_reports_the_test_images_with_the_best_model(lessons, tmp_path):
+def test_06_reports_the_test_images_with_the_best_model(lessons, tmp_path, monkeypatch):
     """Everything that main() prints and writes, worked out again from the checkpoint and the data."""
-    lesson = lessons["06"]
+    lesson, curves = lessons["06"], {}
+    monkeypatch.setattr(
+        lesson.SummaryWriter, "add_pr_curve", lambda _, tag, *args: curves.update({tag: args})
+    )
     output = run_lesson(lesson, tmp_path, "--epochs", 3, "--lr", 0.3, "--subset", 90, "--batch-size", 16)
     checkpoint = torch.load(tmp_path / "artifacts" / "checkpoints" / "best_model_eval.pth", weights_only=True)
     model = lesson.SimpleCNN()
@@ -291,6 +294,11 @@ def test_06_reports_the_test_images_with_the_best_model(lessons, tmp_path):
     scalars = read_scalars(evaluation)
     assert scalars["Test/accuracy"][0][1] == pytest.approx(100 * accuracy, rel=1e-5)
     assert scalars["Test/loss"][0][1] == pytest.approx(report["loss"], rel=1e-5)
+    assert len(curves) == 10
+    for i in range(10):
+        is_it, probabilities = curves[f"PrecisionRecall/{i}"]
+        assert torch.equal(is_it, labels == i)
+        assert torch.allclose(probabilities, torch.softmax(logits, dim=1)[:, i], atol=1e-5)
 
 
 @pytest.mark.filterwarnings("error:.*[Gg]lyph")

@@ -57,7 +57,7 @@ def test_nan_is_noticed_within_100_batches(lessons, number):
             batches.append(labels)
             return nn.functional.cross_entropy(logits, labels) * (float("nan") if len(batches) == bad else 1)
 
-        model = lessons[number].SimpleCNN()
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))  # small and quick
         optimizer = torch.optim.SGD(model.parameters())
         with pytest.raises(SystemExit, match=f"^Epoch 7, batch {noticed}: the loss is nan"):
             lessons[number].train_one_epoch(model, DataLoader(images, 2), loss_fn, optimizer, CPU, 7)
@@ -169,10 +169,9 @@ def test_a_disk_that_fills_up_gets_one_sentence_and_status_1(tmp_path):
     ]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert process.returncode == 1
-    [line] = [
-        line for line in process.stderr.splitlines() if line.startswith("Cannot use a file or folder: ")
-    ]
-    assert "File too large" in line and "--output-dir" in line
+    assert re.search(
+        r"Cannot use a file or folder: .*File too large\. Name others: .*--output-dir", process.stderr
+    )
 
 
 # Arguments

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from common import read_scalars
 from conftest import CPU, folder_of, load, run_lesson
 
@@ -37,7 +38,7 @@ def eight_epochs(lessons, tmp_path_factory):
     with warnings.catch_warnings():
         # torch warns when scheduler.step() comes before optimizer.step()
         warnings.simplefilter("error", UserWarning)
-        run_lesson(lessons["04"], folder, *FLAGS, "--epochs", 8)
+        run_lesson(lessons["04"], folder, "--subset", 16, "--batch-size", 16, "--epochs", 8)
     return folder
 
 
@@ -81,8 +82,12 @@ def test_logged_rate_is_the_one_the_optimizer_used(lessons, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("number", ["05", "06"])
 def test_05_and_06_end_on_one_cosine(lessons, tmp_path, monkeypatch, number):
-    lesson, used = lessons[number], []
-    train_one_epoch = lesson.train_one_epoch
+    lesson, used, logged = lessons[number], [], []
+    train_one_epoch, report_epoch = lesson.train_one_epoch, lesson.report_epoch
+
+    def report(*args):
+        logged.append(args[3]["LearningRate"])
+        report_epoch(*args)
 
     def spy(model, loader, loss_fn, optimizer, *args):
         used.append(optimizer.param_groups[0]["lr"])
@@ -92,9 +97,10 @@ def test_05_and_06_end_on_one_cosine(lessons, tmp_path, monkeypatch, number):
         return train_one_epoch(model, loader, loss_fn, optimizer, *args)
 
     monkeypatch.setattr(lesson, "train_one_epoch", spy)
+    monkeypatch.setattr(lesson, "report_epoch", report)
     run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 3)
     arms = 3 if number == "05" else 1
-    assert used == pytest.approx(closed_form("CosineAnnealingLR", 3, 0.05) * arms)
+    assert used == pytest.approx(closed_form("CosineAnnealingLR", 3, 0.05) * arms) and logged == used
 
 
 def test_plateau_follows_the_validation_loss_with_patience(lessons, tmp_path, monkeypatch):
@@ -185,13 +191,15 @@ def test_one_image_is_a_tie_even_where_all_are_right(lessons, capsys):
 
 def test_04_draws_every_schedule_in_steps_and_every_accuracy_with_its_error(lessons):
     arms = {"steps": history(60.0, 70.0, 65.0), "flat": history(40.0, 41.0, 42.0)}
+    for row in arms["flat"]:
+        row["LearningRate"] = 0.3
     figures = lessons["04"].plot_arms(arms, 10_000, "some data")
     assert list(figures) == ["lr_schedules", "lr_comparison"]
     panels = figures["lr_schedules"].axes
     assert [ax.get_title() for ax in panels] == ["steps", "flat"], "an arm in each panel, and no empty one"
-    for ax in panels:
+    for ax, rates in zip(panels, [[0.1, 0.09, 0.08], [0.3] * 3], strict=True):
         values, edges, _ = ax.patches[0].get_data()
-        assert values.tolist() == pytest.approx([0.1, 0.09, 0.08]) and edges.tolist() == [0.5, 1.5, 2.5, 3.5]
+        assert values.tolist() == pytest.approx(rates) and edges.tolist() == [0.5, 1.5, 2.5, 3.5]
         assert all(float(tick).is_integer() for tick in ax.get_xticks())
         assert ax.get_xlabel() == "epoch" and ax.get_ylabel() == "learning rate"
     left, right = figures["lr_comparison"].axes
@@ -212,12 +220,12 @@ def test_04_draws_every_schedule_in_steps_and_every_accuracy_with_its_error(less
 def test_05_draws_the_arms_and_the_gaps_that_it_prints(lessons):
     arms = {"one": history(60.0, 70.0), "other": history(40.0, 50.0)}
     left, right = lessons["05"].plot_comparison(arms, {"one": 12.5, "other": -1.25}, "some data").axes
-    lines = {line.get_label(): line.get_ydata().tolist() for line in left.lines}
+    lines = {line.get_label(): line.get_xydata().tolist() for line in left.lines}
     assert lines == {
-        "one: val": [60, 70],
-        "one: train": [90, 91],
-        "other: val": [40, 50],
-        "other: train": [90, 91],
+        "one: val": [[1, 60], [2, 70]],
+        "one: train": [[1, 90], [2, 91]],
+        "other: val": [[1, 40], [2, 50]],
+        "other: train": [[1, 90], [2, 91]],
     }
     assert [bar.get_width() for bar in right.patches] == [12.5, -1.25]
     assert [label.get_text() for label in right.get_yticklabels()] == [
@@ -283,6 +291,15 @@ def test_05_shows_one_image_as_it_is_and_four_draws_of_every_transform(lessons):
                 assert all((drawn[..., 0] == drawn[..., 2]).all() for drawn in row[1:])
             else:
                 assert len({drawn.tobytes() for drawn in row}) == 5, f"{name}: a little different every time"
+
+
+def test_05_mirrors_no_digit_in_its_picture_either(lessons, monkeypatch):
+    image = torch.arange(32 * 32 * 3).view(32, 32, 3) % 251
+    flip_only = [torchvision.transforms.v2.RandomHorizontalFlip(p=1.0), torch.nn.Identity()]
+    monkeypatch.setattr(lessons["05"], "AUGMENTATION", flip_only)
+    for data, expected in [("cifar10", image.flip(1)), ("digits", image)]:
+        drawn = lessons["05"].plot_transforms(image.to(torch.uint8), data).axes[-1].images[0].get_array()
+        assert (drawn == expected.numpy()).all()
 
 
 def test_schedulers_flag_picks_arms(lessons, tmp_path):

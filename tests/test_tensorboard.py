@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from common import read_scalars
@@ -159,3 +160,18 @@ def test_the_points_of_an_epoch_are_on_the_disk_before_anything_else_happens(
     monkeypatch.setattr(lessons[number], "report_epoch", report_and_look)
     run_lesson(lessons[number], tmp_path, "--subset", 16, "--epochs", 2)
     assert points[:2] == [[1], [1, 2]]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_points_are_flushed_once_they_are_all_there(lessons, tmp_path, number):
+    """Where TensorFlow is installed, TensorBoard writes with it, and that keeps them for two minutes."""
+    calls = []
+    writer = SimpleNamespace(
+        log_dir=str(tmp_path),
+        add_scalar=lambda *point: calls.append(point),
+        flush=lambda: calls.append("flush"),
+    )
+    names = ["Loss/train", "Loss/val", "Accuracy/train", "Accuracy/val", "LearningRate", "Seconds"]
+    row = {name: float(i) for i, name in enumerate(names)}
+    lessons[number].report_epoch(writer, 7, 9, row)
+    assert calls == [*((name, value, 7) for name, value in row.items()), "flush"]

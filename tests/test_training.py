@@ -127,26 +127,25 @@ def test_one_epoch_takes_the_steps_of_plain_sgd(lessons, images, number):
 def test_batches_come_in_a_new_order_every_epoch_by_the_seed_alone(lessons, tmp_path, monkeypatch, number):
     orders = []
 
-    train_one_epoch = lessons[number].train_one_epoch
-
-    def spy(model, loader, *args):
-        order = torch.Generator()
-        order.set_state(loader.generator.get_state())  # look at the order without using it up
-        batches = DataLoader(loader.dataset, loader.batch_size, shuffle=True, generator=order)
-        orders.append(torch.cat([images.flatten(1).sum(dim=1) for images, _ in batches]).tolist())
-        return train_one_epoch(model, loader, *args)
+    def spy(model, loader, *_):
+        torch.seed()  # all other random numbers: they change no order
+        orders.append(torch.cat([images.flatten(1).sum(dim=1) for images, _ in loader]).tolist())
+        return 1.0, 50.0
 
     monkeypatch.setattr(lessons[number], "train_one_epoch", spy)
+    monkeypatch.setattr(
+        torch.optim.lr_scheduler.LRScheduler, "step", lambda self, *_: None
+    )  # nothing was trained
+    arms = ["--schedulers", "Constant", "ReduceLROnPlateau"] if number == "04" else []
     for seed in [1, 1, 2]:
-        run_lesson(
-            lessons[number], tmp_path / str(len(orders)), "--epochs", 2, "--seed", seed, "--subset", 64
-        )
+        folder = tmp_path / str(len(orders))
+        run_lesson(lessons[number], folder, "--epochs", 2, "--seed", seed, "--subset", 64, *arms)
     first, again, other = (orders[i * len(orders) // 3 : (i + 1) * len(orders) // 3] for i in range(3))
     assert first[0] != first[1] and sorted(first[0]) == sorted(first[1])
     assert first == again and first != other
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", ["01", "02", "05"])  # the others have the text of the one before
 def test_the_network_can_learn_64_images_by_heart(lessons, number):
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8, generator=generator)

@@ -123,7 +123,7 @@ def report_epoch(writer, epoch, epochs, row):
     Path(writer.log_dir).mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
     for curve, value in row.items():
         writer.add_scalar(curve, value, epoch)
-    writer.flush()  # now, or a crash would take the points of the last two minutes with it
+    writer.flush()  # now, or a crash might take the last points with it
     train = f"train loss {row['Loss/train']:.4f}, acc {row['Accuracy/train']:5.2f} %"
     val = f"val loss {row['Loss/val']:.4f}, acc {row['Accuracy/val']:5.2f} %"
     rest = f"lr {row['LearningRate']:.5f} | {row['Seconds']:.0f} s"
