@@ -327,6 +327,7 @@ def test_06_records_how_the_model_was_trained_that_it_evaluates(finished, lesson
         assert str(path) in output and "'epochs': 1" in output and "delete" not in output
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("number", ["03", "06"])
 def test_test_images_are_loaded_after_the_choice_of_the_model(lessons, tmp_path, monkeypatch, number):
     lesson, calls = lessons[number], []
@@ -347,6 +348,7 @@ def test_test_images_are_loaded_after_the_choice_of_the_model(lessons, tmp_path,
     assert calls == ["load train=True", "trained", "load train=False"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("number", ["01", "02", "04", "05"])
 def test_other_lessons_never_load_the_test_split(lessons, tmp_path, monkeypatch, number):
     lesson, splits = lessons[number], []
@@ -358,6 +360,7 @@ def test_other_lessons_never_load_the_test_split(lessons, tmp_path, monkeypatch,
     assert splits == [True]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_06_evaluates_the_data_its_model_knows(finished, lessons, tmp_path, capsys):
     path = tmp_path / "artifacts" / "checkpoints" / "best_model_eval.pth"
     path.parent.mkdir(parents=True)

@@ -313,7 +313,7 @@ def plot_transforms(image, data):
     for row, (name, transform) in zip(figure.subplots(len(rows), 5), rows.items(), strict=True):
         for number, ax in enumerate(row):
             drawn = transform(image.permute(2, 0, 1)).permute(1, 2, 0) if number else image
-            ax.imshow(drawn)
+            ax.imshow(drawn.numpy())
             ax.axis("off")
         row[2].set_title(name, fontsize=9)
     figure.suptitle(f"A training image of {data} as it is, at the left, and four random draws", fontsize=10)

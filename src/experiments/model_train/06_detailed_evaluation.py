@@ -387,7 +387,7 @@ def plot_errors(images, logits, labels, class_names, title):
     for ax in axes:
         ax.axis("off")
     for ax, i in zip(axes, wrong, strict=False):
-        ax.imshow(images[i])
+        ax.imshow(images[i].numpy())
         true = f"true: {class_names[labels[i]]}, {100 * probabilities[i, labels[i]]:.0f} %"
         taken = f"taken for {class_names[predicted[i]]}, {100 * confidence[i]:.0f} %"
         ax.set_title(f"{true}\n{taken}", fontsize=10)
