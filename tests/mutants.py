@@ -225,8 +225,8 @@ MUTANTS = {
     "repeat the last saved epoch": ("345", "checkpoints", "range(len(history) + 1, args.epochs + 1)", "range(max(1, len(history)), args.epochs + 1)"),
     "forget the optimizer's state": ("345", "checkpoints", "part.load_state_dict(checkpoint[key])", 'key == "optimizer" or part.load_state_dict(checkpoint[key])'),
     "forget the scheduler's state": ("45", "checkpoints", "part.load_state_dict(checkpoint[key])", 'key == "scheduler" or part.load_state_dict(checkpoint[key])'),
-    "forget the loader's generator": ("345", "checkpoints", 'generator.set_state(checkpoint["random_states"][number])', 'number == 0 or generator.set_state(checkpoint["random_states"][number])'),
-    "forget torch's random state": ("345", "checkpoints", 'generator.set_state(checkpoint["random_states"][number])', 'number == 1 or generator.set_state(checkpoint["random_states"][number])'),
+    "forget the loader's generator": ("345", "checkpoints", '            generator.set_state(state)', '            generator is generators[0] or generator.set_state(state)'),
+    "forget torch's random state": ("345", "checkpoints", '            generator.set_state(state)', '            generator is generators[1] or generator.set_state(state)'),
     "forget the best accuracy": (
         "345",
         "checkpoints",

@@ -454,7 +454,6 @@ def test_unusable_checkpoints_get_one_sentence(finished, lessons, tmp_path, numb
         unusable |= {
             "no optimizer": good | {"optimizer": {}},
             "random states None": good | {"random_states": None},
-            "one random state": good | {"random_states": good["random_states"][:1]},
             "random states as text": good | {"random_states": ["a", "b"]},
         }
         for key in good:
@@ -474,6 +473,26 @@ def test_unusable_checkpoints_get_one_sentence(finished, lessons, tmp_path, numb
     made = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and runs not in path.parents]
     assert made == [] and not list(runs.glob("digits_run_*/*"))
     lesson.load_checkpoint(latest_of(finished, number))
+
+
+@pytest.mark.parametrize("number", ["03", "04", "05"])
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_a_run_goes_on_on_a_machine_with_more_or_fewer_gpus(
+    finished, lessons, tmp_path, monkeypatch, number, gpus
+):
+    """Saved with one, resumed with none or two: each has random numbers of its own."""
+    good = load(latest_of(finished, number))
+    path = folder_of(lessons[number], tmp_path) / {"04": "Constant", "05": "with_augmentation"}.get(
+        number, ""
+    )
+    path.mkdir(parents=True)
+    torch.save(
+        good | {"random_states": [*good["random_states"], torch.Generator().get_state()]},
+        path / "latest_checkpoint.pth",
+    )
+    monkeypatch.setattr(torch.cuda, "default_generators", tuple(torch.Generator() for _ in range(gpus)))
+    assert "1 of 1 epochs are done." in resume(lessons[number], tmp_path, "--resume")
+    assert len(load(path / "latest_checkpoint.pth")["random_states"]) == 3
 
 
 @pytest.mark.parametrize("number", ["03", "04", "05"])

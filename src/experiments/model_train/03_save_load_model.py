@@ -150,8 +150,9 @@ def load_checkpoint(path, parts=None, generators=()):
             raise TypeError("history")
         for key, part in (parts or {}).items():
             part.load_state_dict(checkpoint[key])
-        for number, generator in enumerate(generators):
-            generator.set_state(checkpoint["random_states"][number])
+        states = checkpoint["random_states"] if generators else []
+        for generator, state in zip(generators, states, strict=False):  # another machine has other GPUs
+            generator.set_state(state)
         return checkpoint
     except FileNotFoundError:
         sys.exit(f"There is no checkpoint {path}. Train first, or name another one.")
@@ -174,7 +175,7 @@ def train(args, train_set, val_set, class_names, folder, resumed):
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
     # NEW in 03: what another process needs to go on as if nothing had happened: weights, momentum, and chance
     parts = {"model": model, "optimizer": optimizer}
-    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # all chance
+    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # the CPU's, each GPU's
     latest, best = folder / "latest_checkpoint.pth", folder / "best_model.pth"
     history = load_checkpoint(resumed, parts, generators)["history"] if resumed else []
     print(f"{len(history)} of {args.epochs} epochs are done.")

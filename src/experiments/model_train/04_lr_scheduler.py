@@ -153,8 +153,9 @@ def load_checkpoint(path, parts=None, generators=()):
             raise TypeError("history")
         for key, part in (parts or {}).items():
             part.load_state_dict(checkpoint[key])
-        for number, generator in enumerate(generators):
-            generator.set_state(checkpoint["random_states"][number])
+        states = checkpoint["random_states"] if generators else []
+        for generator, state in zip(generators, states, strict=False):  # another machine has other GPUs
+            generator.set_state(state)
         return checkpoint
     except FileNotFoundError:
         sys.exit(f"There is no checkpoint {path}. Train first, or name another one.")
@@ -199,7 +200,7 @@ def train(args, name, train_set, val_set, class_names, folder):
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
     scheduler = SCHEDULERS[name](optimizer, args.epochs)  # NEW in 04: it sets the optimizer's learning rate
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # all chance
+    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # the CPU's, each GPU's
     latest, best = folder / "latest_checkpoint.pth", folder / "best_model.pth"
     history = load_checkpoint(latest, parts, generators)["history"] if latest.exists() else []
     print(f"{name}: {len(history)} of {args.epochs} epochs are done.")

@@ -155,8 +155,9 @@ def load_checkpoint(path, parts=None, generators=()):
             raise TypeError("history")
         for key, part in (parts or {}).items():
             part.load_state_dict(checkpoint[key])
-        for number, generator in enumerate(generators):
-            generator.set_state(checkpoint["random_states"][number])
+        states = checkpoint["random_states"] if generators else []
+        for generator, state in zip(generators, states, strict=False):  # another machine has other GPUs
+            generator.set_state(state)
         return checkpoint
     except FileNotFoundError:
         sys.exit(f"There is no checkpoint {path}. Train first, or name another one.")
@@ -246,7 +247,7 @@ def train(args, name, train_set, val_set, class_names, folder):
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # all chance
+    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # the CPU's, each GPU's
     latest, best = folder / "latest_checkpoint.pth", folder / "best_model.pth"
     history = load_checkpoint(latest, parts, generators)["history"] if latest.exists() else []
     print(f"{name}: {len(history)} of {args.epochs} epochs are done.")

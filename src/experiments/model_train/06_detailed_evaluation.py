@@ -161,8 +161,9 @@ def load_checkpoint(path, parts=None, generators=()):
             raise TypeError("history")
         for key, part in (parts or {}).items():
             part.load_state_dict(checkpoint[key])
-        for number, generator in enumerate(generators):
-            generator.set_state(checkpoint["random_states"][number])
+        states = checkpoint["random_states"] if generators else []
+        for generator, state in zip(generators, states, strict=False):  # another machine has other GPUs
+            generator.set_state(state)
         return checkpoint
     except FileNotFoundError:
         sys.exit(f"There is no checkpoint {path}. Train first, or name another one.")
