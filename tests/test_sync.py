@@ -60,7 +60,7 @@ DIFF_BUDGET = {"02": (143, 37), "03": (181, 56), "04": (125, 82), "05": (161, 98
 
 # How long a lesson may be, blank lines and docstring included: as a whole, and above the dividing comment.
 LENGTHS = {
-    "01": (213, 114),
+    "01": (214, 115),
     "02": (327, 204),
     "03": (457, 306),
     "04": (497, 347),

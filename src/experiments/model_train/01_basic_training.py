@@ -108,6 +108,7 @@ def main(argv=None):
     ax = Figure(layout="constrained").subplots()
     ax.plot(range(1, args.epochs + 1), losses, marker="o")
     ax.set(title=f"Lesson 01: SimpleCNN on {args.data}", xlabel="epoch", ylabel="mean training loss")
+    ax.xaxis.get_major_locator().set_params(integer=True)  # whole epochs
     ax.figure.savefig(artifacts / "01_basic_training.png")
     print(f"Done: see {artifacts / '01_basic_training.png'}. How good is it on new images? Lesson 02 asks.")
 
