@@ -56,7 +56,7 @@ DEFAULT_EXCEPTIONS = {
 HELP_EXCEPTIONS = {("--resume", "04"): "the folder of a run, since each arm has its own checkpoints"}
 
 # Lines that the later lesson may add to the one before and remove from it.
-DIFF_BUDGET = {"02": (143, 37), "03": (181, 56), "04": (125, 82), "05": (161, 98), "06": (235, 205)}
+DIFF_BUDGET = {"02": (143, 38), "03": (181, 56), "04": (125, 82), "05": (161, 98), "06": (235, 205)}
 
 # How long a lesson may be, blank lines and docstring included: as a whole, and above the dividing comment.
 LENGTHS = {
