@@ -51,8 +51,13 @@ def checkpoints_of(lesson, output_dir, run=1):
 def parser_of(lesson):
     """Return the parser that a lesson's parse_args() makes."""
     made = []
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(IndexError):
-        patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, *_: (made.append(parser), [][0]))
+
+    def keep(parser, *_):
+        made.append(parser)
+        raise SystemExit  # what follows in parse_args() wants its result
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(argparse.ArgumentParser, "parse_args", keep)
         lesson.parse_args([])
     return made[0]
 

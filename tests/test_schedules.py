@@ -235,7 +235,7 @@ def test_05_draws_the_arms_and_the_gaps_that_it_prints(lessons):
     assert right.lines[0].get_xdata()[0] == 10 and "as they are" in right.get_title()
 
 
-def test_05_measures_the_gap_of_the_best_models_on_images_as_they_are(lessons, tmp_path, monkeypatch, capsys):
+def test_05_measures_the_gap_of_the_best_models_on_images_as_they_are(lessons, tmp_path, monkeypatch):
     """Printed and drawn; worked out again from the files. The last model is another one than the best."""
     lesson, drawn = lessons["05"], []
     plot = lesson.plot_comparison
