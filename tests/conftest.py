@@ -1,4 +1,4 @@
-"""What the tests share: the six lessons as modules, and one quick run of each on scikit-learn's handwritten digits."""
+"""What the tests share: the lessons as modules, and one quick run of each on scikit-learn's handwritten digits."""
 
 import argparse
 import contextlib
@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parents[1]
-PATHS = {path.stem[:2]: path for path in sorted((ROOT / "src" / "experiments" / "model_train").glob("0*.py"))}
-NUMBERS = list(PATHS)  # "01" to "06"
+LESSONS = ROOT / "src" / "experiments" / "model_train"
+PATHS = {path.stem[:2]: path for path in sorted(LESSONS.glob("[01]*.py"))}
+NUMBERS = list(PATHS)  # "01", "02", ...
 DRAW = {Figure: "savefig", SummaryWriter: "add_figure"}  # what takes long, and few tests look at
 ORIGINALS = {kind: getattr(kind, name) for kind, name in DRAW.items()}
 CPU = torch.device("cpu")
@@ -85,7 +86,7 @@ def assert_same_state(one, other):
 
 @pytest.fixture(scope="session")
 def lessons():
-    """The six lessons as modules, by number: "01" to "06"."""
+    """The lessons as modules, by number: "01", "02", ..."""
     return {number: load_lesson(number) for number in NUMBERS}
 
 

@@ -190,7 +190,7 @@ class EarlyStopping:
 # are of validation images. Test images may not decide: their best epoch would be the one that happens to suit
 # them, and no images would be left to tell how good it is on others.
 WATCHED = {"Loss/val": "min", "Accuracy/val": "max"}
-PATIENCES = [1, 2, 3, 5]
+PATIENCES = [1, 2, 3, 5]  # NEW in 08: epochs without a new best
 
 
 def train(args, train_set, val_set, class_names, folder):

@@ -71,8 +71,8 @@ def clip_gradients(parameters, clipping, limit):
 
     The norm is the length of all gradients as one vector: the root of the sum of their squares. "norm" makes
     a longer vector as long as the limit and keeps its direction; "value" cuts each number off at -limit and
-    limit, which turns the vector; "none" only measures. What clipping cannot mend: a norm of nan or inf. It
-    makes nan of all gradients, or with error_if_nonfinite=True an error.
+    limit, which turns the vector; "none" only measures. No clipping mends a nan, and "norm" makes nan of all
+    gradients if one is nan or inf; with error_if_nonfinite=True, clip_grad_norm_() raises an error instead.
     """
     if clipping == "norm":
         return nn.utils.clip_grad_norm_(parameters, limit)
@@ -138,7 +138,7 @@ DANGERS = {
     "BatchNorm, rate x 6": (True, 6, 1.0),
     "BatchNorm, images x 255": (True, 1, 255.0),
 }
-CLIPPINGS = ["none", "norm", "value"]
+CLIPPINGS = ["none", "norm", "value"]  # NEW in 09: see clip_gradients()
 
 
 # NEW in 09: nan is an answer here and no error, so the training goes on
