@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 FLAGS = ["--data", "digits", "--subset", "200", "--device", "cpu", "--batch-size", "64"]
 UNIX = pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of Linux and macOS")
 QUICK = ["--data", "digits", "--epochs", "1", "--subset", "256", "--device", "cpu"]
+IMAGES = {"07": 64, "09": 64}  # 16 bits take long on some computers, and 18 trainings on all; else 256
 
 
 def pytest_addoption(parser):
@@ -100,7 +101,8 @@ def finished(lessons, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             for kind, name in DRAW.items():
                 patch.setattr(kind, name, ORIGINALS[kind])  # this run has pictures, whoever asks for it first
-            output = run_lesson(lessons[number], folder, "--device", device)
+            flags = ["--device", device, "--subset", IMAGES.get(number, 256)]
+            output = run_lesson(lessons[number], folder, *flags)
         return SimpleNamespace(folder=folder, output=output, artifacts=folder / "artifacts")
 
     return get

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", [number for number in NUMBERS if number != "09"])  # there it is the point
 def test_a_learning_rate_out_of_all_reason_ends_the_lesson(lessons, tmp_path, number):
     with pytest.raises(SystemExit, match=r"^Epoch \d+, .+: the loss is (nan|inf), .* --lr is too high"):
         run_lesson(lessons[number], tmp_path, "--lr", 1e9, "--epochs", 3, "--batch-size", 16)
@@ -47,7 +47,7 @@ def test_a_learning_rate_out_of_all_reason_ends_the_lesson(lessons, tmp_path, nu
     assert kept == [], "nothing but the state before the first epoch"
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", ["01", "02", "03", "04", "05", "06", "08"])
 def test_nan_is_noticed_within_100_batches(lessons, number):
     images = TensorDataset(torch.zeros(230, 32, 32, 3, dtype=torch.uint8), torch.zeros(230).long())
     for bad, noticed in [(3, 101), (102, 115)]:
@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(lessons, tmp_path, number):
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("number", NUMBERS[1:])
+@pytest.mark.parametrize("number", ["02", "03", "04", "05", "06", "07", "08"])
 def test_a_deleted_tensorboard_folder_does_not_stop_the_training(lessons, tmp_path, monkeypatch, number):
     report_epoch = lessons[number].report_epoch
 
