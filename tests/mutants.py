@@ -34,9 +34,13 @@ FILES = [
     "command_line",
     "tensorboard",
     "faults",
+    "precision",
+    "early_stopping",
+    "clipping",
 ]
 
 # name: (lessons, the test file to begin with, text, replacement, another text, its replacement, ...)
+# Lessons are a text of digits, from 10 on a list.
 # A text has no comment in it, so that comments can be reworded.
 MUTANTS = {
     # The loop
@@ -411,6 +415,96 @@ MUTANTS = {
     ),
     "confidence shown as the true class's": ("6", "evaluation", "{100 * probabilities[i, labels[i]]:.0f} %", "{100 * confidence[i]:.0f} %"),
     "images beside their titles": ("6", "evaluation", "ax.imshow(images[i])", "ax.imshow(images[i - 1])"),
+    # Lesson 07
+    "autocast around backward": (
+        "7",
+        "precision",
+        "        optimizer.zero_grad()\n",
+        "        optimizer.zero_grad()\n        torch.autocast(device.type, torch.bfloat16).__enter__()\n",
+        "        scaler.unscale_(optimizer)\n",
+        "        torch.autocast(device.type, torch.bfloat16).__exit__(None, None, None)\n        scaler.unscale_(optimizer)\n",
+    ),
+    "loss in 16 bits": ("7", "precision", "loss = loss_fn(logits, labels)", "loss = loss_fn(logits, labels).to(dtype)"),
+    "evaluate in 32 bits": ("7", "precision", "        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # NEW in 07\n", "        if True:\n"),
+    "train in 32 bits": ("7", "precision", "        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):\n            logits = model(images)  # calls", "        if True:\n            logits = model(images)  # calls"),
+    "weights in 16 bits": ("7", "precision", "    dtype = PRECISIONS[name]\n", "    dtype = PRECISIONS[name]\n    model.to(dtype)\n"),
+    "clip without unscale": ("7", "precision", "        scaler.unscale_(optimizer)\n", ""),
+    "step without the scaler": ("7", "precision", "scaler.step(optimizer)", "optimizer.step()"),
+    "backward without the scaler": ("7", "precision", "scaler.scale(loss).backward()", "loss.backward()"),
+    "scaler that is never updated": ("7", "precision", "        scaler.update()", "        pass"),
+    "scaler for bfloat16 too": ("7", "precision", "enabled=dtype == torch.float16)", "enabled=dtype != torch.float32)"),
+    "scaler missing from the checkpoint": ("7", "precision", '"scheduler": scheduler, "scaler": scaler}', '"scheduler": scheduler}'),
+    "arms one after the other": (
+        "7",
+        "precision",
+        "        for epoch in range(1, args.epochs + 1):\n            for name in args.precisions:\n",
+        "        for name in args.precisions:\n            for epoch in range(1, args.epochs + 1):\n",
+    ),
+    "train a finished epoch again": ("7", "precision", "if len(history) >= last_epoch:", "if len(history) > last_epoch:"),
+    "speed of training with validation": ("7", "precision", "val_seconds = time.perf_counter() - start - seconds", "val_seconds = time.perf_counter() - start"),
+    "ratio of medians the wrong way round": ("7", "precision", "ratios = [speed / other", "ratios = [other / speed"),
+    "gradients that were 0 without rounding": ("7", "precision", "(logits.grad * scale).to(PRECISIONS[name]) == 0", "(logits.grad * scale).to(PRECISIONS[name]) != 0"),
+    "steps of 32 bits": ("7", "precision", "kept = weights.to(PRECISIONS[name])", "kept = weights"),
+    "moves as large as gradients": ("7", "precision", "moves = lr * torch.cat", "moves = torch.cat"),
+    "float16 on the CPU by default": ("7", "precision", '3 if args.device.type == "cuda" else 2', "3"),
+    "speed drawn as accuracy": ("7", "precision", '(right, "ImagesPerSecond/train")', '(right, "Accuracy/val")'),
+    # Lesson 08
+    "patience off by one": ("8", "early_stopping", "self.epoch - self.best_epoch >= self.patience", "self.epoch - self.best_epoch > self.patience"),
+    "as good is better": ("8", "early_stopping", "if gain > self.min_delta:", "if gain >= self.min_delta:"),
+    "min_delta forgotten": ("8", "early_stopping", "if gain > self.min_delta:", "if gain > 0:"),
+    "loss watched as if more were better": ("8", "early_stopping", 'WATCHED = {"Loss/val": "min"', 'WATCHED = {"Loss/val": "max"'),
+    "count bad epochs for ever": ("8", "early_stopping", "self.best_epoch, self.best_value = self.epoch, value", "self.best_value = value"),
+    "best weights not brought back": ("8", "early_stopping", 'load_checkpoint(folder / "best_model.pth", {"model": model})', 'load_checkpoint(folder / "latest_checkpoint.pth", {"model": model})'),
+    "stop by the training accuracy": ("8", "early_stopping", "early_stopping.step(val_acc)", "early_stopping.step(acc)"),
+    "stop by the training loss": ("8", "early_stopping", "early_stopping.step(val_acc)", "early_stopping.step(-loss)"),
+    "plateau by the loss": ("8", "early_stopping", "scheduler.step(val_acc)", "scheduler.step(val_loss)"),
+    "plateau with the wrong mode": ("8", "early_stopping", 'mode="max", factor=0.1', 'mode="min", factor=0.1'),
+    "rule missing from the checkpoint": ("8", "early_stopping", '    parts["early_stopping"] = early_stopping', "    pass"),
+    "never asked whether to stop": ("8", "early_stopping", "if early_stopping.should_stop():", "if False:"),
+    "state that is no copy": ("8", "early_stopping", "return vars(self).copy()", "return vars(self)"),
+    "points lost against the last epoch": ("8", "early_stopping", 'best = max(row["Accuracy/val"] for row in history)', 'best = history[-1]["Accuracy/val"]'),
+    "accuracy of the epoch of the stop": ("8", "early_stopping", 'accuracy = history[restored - 1]["Accuracy/val"]', 'accuracy = history[(stop or len(history)) - 1]["Accuracy/val"]'),
+    "minutes saved as if all were": ("8", "early_stopping", "minutes * (epochs - stop)", "minutes * epochs"),
+    "stop by the test images": ("8", "early_stopping", "train=False)\n    images, labels = images", "train=True)\n    images, labels = images"),
+    "lines at the epochs brought back": ("8", "early_stopping", "x = [stop + 0.1 * number] if stop else []", "x = [restored]"),
+    # Lesson 09
+    "clip after step": (
+        "9",
+        "clipping",
+        "        norms.append(clip_gradients(parameters, clipping, limit))\n",
+        "",
+        "        optimizer.step()\n",
+        "        optimizer.step()\n        norms.append(clip_gradients(parameters, clipping, limit))\n",
+    ),
+    "clip before backward": (
+        "9",
+        "clipping",
+        "        norms.append(clip_gradients(parameters, clipping, limit))\n",
+        "",
+        "        loss.backward()\n",
+        "        norms.append(clip_gradients(parameters, clipping, limit))\n        loss.backward()\n",
+    ),
+    "clip an exhausted generator": (
+        "9",
+        "clipping",
+        "parameters = list(model.parameters())",
+        "parameters = model.parameters()",
+        "    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])",
+        "    norm = nn.utils.get_total_norm([parameter.grad for parameter in list(parameters)])",
+    ),
+    "norm of nan passed over": ("9", "clipping", "if not math.isfinite(norm)]", "if False]"),
+    "nan gradients set to 0": ("9", "clipping", "        return nn.utils.clip_grad_norm_(parameters, limit)\n", "        norm = nn.utils.clip_grad_norm_(parameters, limit)\n        for parameter in parameters:\n            parameter.grad.nan_to_num_()\n        return norm\n"),
+    "norm after clipping": ("9", "clipping", "        return nn.utils.clip_grad_norm_(parameters, limit)\n", "        nn.utils.clip_grad_norm_(parameters, limit)\n        return nn.utils.get_total_norm([parameter.grad for parameter in parameters])\n"),
+    "limits swapped": ("9", "clipping", 'limit = args.max_value if clipping == "value"', 'limit = args.max_value if clipping == "norm"'),
+    "all images faulty": ("9", "clipping", "images[0] *= spoil", "images *= spoil"),
+    "a fault in every batch": ("9", "clipping", "if batch % 20 == 5:", "if True:"),
+    "danger with BatchNorm always": ("9", "clipping", "batch_norm=batch_norm).to(args.device)", "batch_norm=True).to(args.device)"),
+    "rate not multiplied": ("9", "clipping", "lr=factor * args.lr", "lr=args.lr"),
+    "no bias without BatchNorm": ("9", "clipping", "bias=not batch_norm", "bias=False"),
+    "table of the first epoch": ("9", "clipping", 'results[danger, clipping][0][-1]["Accuracy/val"] for', 'results[danger, clipping][0][0]["Accuracy/val"] for'),
+    "norms of the clipped training": ("9", "clipping", 'print_norms(results["none", "none"][1]', 'print_norms(results["none", "norm"][1]'),
+    "norms drawn of the clipped training": ("9", "clipping", 'norms = results[danger, "none"][1]', 'norms = results[danger, "norm"][1]'),
+    "share below the limit": ("9", "clipping", "norm > max_norm for norm", "norm <= max_norm for norm"),
     # The command line
     "keep the output back": ("123456", "command_line", ", flush=True)", ")"),
     "draw as the terminal does": ("1456", "command_line", 'os.environ["MPLBACKEND"] = "Agg"', ""),
@@ -428,9 +522,9 @@ MUTANTS = {
 def mutate(folder, lessons, edits):
     """Make the edits, pairs of a text and its replacement, in these lessons of a copy. Returns those that had them."""
     changed = []
-    for path in sorted((folder / LESSONS).glob("0*.py")):
+    for path in sorted((folder / LESSONS).glob("[01]*.py")):
         source = path.read_text(encoding="utf-8")
-        if path.name[1] in lessons and all(old in source for old, _ in edits):
+        if path.name[:2] in lessons and all(old in source for old, _ in edits):
             for old, new in edits:
                 source = source.replace(old, new)
             compile(source, path.name, "exec")  # a mistake that no lesson would start with proves nothing
@@ -445,6 +539,7 @@ def run(name, first, all_tests):
     Returns the lessons that have the mistake, and the tests that failed.
     """
     lessons, named, *texts = MUTANTS[name]
+    lessons = lessons if isinstance(lessons, list) else [f"0{digit}" for digit in lessons]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for part in ["src", "tests", "artifacts", "tensor_board"]:
@@ -453,7 +548,7 @@ def run(name, first, all_tests):
             )
         shutil.copy(ROOT / "pyproject.toml", folder)
         changed = mutate(folder, lessons, list(zip(texts[::2], texts[1::2], strict=True)))
-        missing = [number for number in lessons if f"0{number}" not in changed]
+        missing = [number for number in lessons if number not in changed]
         if missing:
             return [], [f"the text is not in {', '.join(missing)} any more: mend the mutant"]
         tests = [f"tests/test_{file}.py" for file in sorted(FILES, key=lambda file: file != (first or named))]
