@@ -14,9 +14,10 @@ DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "src").rglob("*.md"), *LESSONS, *(ROOT / "src/benchmarks").glob("*.py")]
 )
 GUIDES = [path for path in DOCUMENTS if path.suffix == ".md"]
-CHINESE = [path for path in GUIDES if path.name == "README.zh-CN.md"]
+CHINESE = [path for path in GUIDES if path.name.endswith(".zh-CN.md")]
+PAGES = [path for path in GUIDES if path.name[:2].isdigit()]  # one for each lesson from 07 on
 LESSON_COMMAND = re.compile(
-    r"python[\w.]* +(src[/\\]experiments[/\\]model_train[/\\](0\d)_\w+\.py)([^\n`|&#]*)"
+    r"python[\w.]* +(src[/\\]experiments[/\\]model_train[/\\](\d\d)_\w+\.py)([^\n`|&#]*)"
 )
 BENCHMARK_COMMAND = re.compile(r"python[\w.]* +src/benchmarks/(\w+)\.py([^\n`|&#]*)")
 
@@ -31,7 +32,7 @@ def read(path):
 
 
 def english_twin(path):
-    return path.with_name("README.md")
+    return path.with_name(path.name.replace(".zh-CN.md", ".md"))
 
 
 def without_code(text):
@@ -83,7 +84,7 @@ def test_links_lead_to_files_and_to_headings(document):
 def test_measured_figures_are_those_of_the_result_files(document):
     """If this fails, run: python src/benchmarks/tables.py"""
     language = "zh" if document in CHINESE else "en"
-    assert "<!-- table: " in read(document)
+    assert "<!-- table: " in read(document) or document in PAGES
     assert tables.fill(read(document), language) == read(document)
 
 
@@ -135,6 +136,32 @@ def test_chinese_sentences_have_chinese_punctuation(chinese):
     han = "[\u4e00-\u9fff]"
     prose = re.sub(r"`[^`]*`|\]\([^)]*\)|<[^>]*>", "", without_code(read(chinese)))
     assert re.findall(rf"{han} ?[,:;?!(].{{,20}}|.{{,20}}[,:;?!)] ?{han}", prose) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_key_code_of_a_page_is_the_lessons_own(page):
+    """Every line of it, in that order; and the page is short, of one form, and ends with the diff."""
+    number, text = page.name[:2], read(page)
+    lines = iter([line.strip() for line in read(PATHS[number]).splitlines()])
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert blocks and all(line.strip() in lines for block in blocks for line in block.splitlines())
+    assert len(text.splitlines()) <= 150
+    headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
+    if page not in CHINESE:
+        form = ["Key code", "What you learn", "Run it", "What it prints", "What it writes", "TensorBoard"]
+        form += ["Measured", "Common mistakes", "Exercises"]
+        assert headings[:9] == form and headings[9].startswith("Compare with lesson ")
+    commands = re.findall(r"--output-dir (\S+)", text)
+    assert commands == ["quick"], "the quick look leaves the results of a full run alone"
+    assert PATHS[number].name in text.splitlines()[-2], "the last line is the diff"
+
+
+def test_every_page_has_a_twin_and_is_linked_from_both_guides():
+    assert {path.name[:2] for path in PAGES} == {number for number in PATHS if number >= "07"}
+    for page in PAGES:
+        guide = page.with_name("README.zh-CN.md" if page in CHINESE else "README.md")
+        assert f"]({page.name})" in read(guide)
+    assert {english_twin(path) for path in PAGES if path in CHINESE} == set(PAGES) - set(CHINESE)
 
 
 def test_pictures_are_few_small_and_all_used():

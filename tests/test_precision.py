@@ -136,11 +136,12 @@ def test_only_float16_has_a_scaler_and_its_state_goes_on_in_the_next_epoch(lesso
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_stopped_anywhere_it_goes_on_as_if_nothing_had_happened(lesson, tmp_path, monkeypatch):
+def test_stopped_anywhere_it_goes_on_as_if_nothing_had_happened(lesson, tmp_path, monkeypatch, capsys):
     """In the second epoch of the first arm, and in the first of the second: scales and all."""
     flags = [*TINY, "--precisions", "float32", "float16", "--epochs", 2]
     run_lesson(lesson, tmp_path / "whole", *flags)
     whole, evaluate = folder_of(lesson, tmp_path / "whole"), lesson.evaluate
+    todo = ["float16: 0", "float32: 1", "float16: 1"]
     for stop in [2, 3]:
         calls = []
 
@@ -154,7 +155,10 @@ def test_stopped_anywhere_it_goes_on_as_if_nothing_had_happened(lesson, tmp_path
         with pytest.raises(KeyboardInterrupt, match="--resume"):
             run_lesson(lesson, tmp_path / str(stop), *flags)
         monkeypatch.setattr(lesson, "evaluate", evaluate)
+        capsys.readouterr()
         lesson.main(["--resume", "--output-dir", str(tmp_path / str(stop)), "--device", "cpu"])
+        said = re.findall(r"^(\w+: \d) of 2 epochs are done", capsys.readouterr().out, flags=re.MULTILINE)
+        assert said == todo[stop - 2 :], "what is done already is not mentioned"
         for path in sorted(whole.rglob("*.pth")):
             resumed = load(folder_of(lesson, tmp_path / str(stop)) / path.relative_to(whole))
             expected = load(path)

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 RESULTS = ROOT / "docs" / "results.json"
 # How many seeds of each lesson; lesson 03 trains exactly as lesson 02
-SEEDS = {"01": 1, "02": 3, "03": 1, "04": 3, "05": 3, "06": 3}
+SEEDS = {"01": 1, "02": 3, "03": 1, "04": 3, "05": 3, "06": 3, "07": 3, "08": 3, "09": 3}
+WITH_ARMS = ["04", "05", "07", "09"]
 
 
 def collect(number, folder):
@@ -40,11 +41,11 @@ def collect(number, folder):
     arms = {}
     for run_dir in sorted({path.parent for path in (folder / "tensor_board").rglob("events.out.tfevents.*")}):
         curves = read_scalars(run_dir)
-        if "Accuracy/val" not in curves:  # no training: the pictures of lessons 04 to 06, and 06's evaluation
+        if "Accuracy/val" not in curves:  # no training: a lesson's pictures, or 06's evaluation
             continue
         # As in the lessons, the first is the best of equal ones.
         best_epoch, val_accuracy = max(curves["Accuracy/val"], key=lambda point: point[1])
-        arms[run_dir.name if number in ["04", "05"] else ""] = {
+        arms[run_dir.name if number in WITH_ARMS else ""] = {
             "val_accuracy": val_accuracy,
             "best_epoch": best_epoch,
             "epochs": len(curves["Accuracy/val"]),

@@ -14,7 +14,7 @@ import statistics
 
 from common import LESSONS, ROOT, machine_in_words
 
-GUIDES = [folder / name for folder in [ROOT, LESSONS] for name in ["README.md", "README.zh-CN.md"]]
+GUIDES = [*sorted(ROOT.glob("*.md")), *sorted(LESSONS.glob("*.md"))]
 
 CHINESE = {
     "network": "网络",
@@ -40,10 +40,29 @@ CHINESE = {
     "mean": "平均",
     "standard error": "标准误",
     "every seed": "各个种子",
+    "danger": "危险",
+    "no clipping": "不裁剪",
+    "norm clipped": "裁剪范数",
+    "values clipped": "裁剪数值",
+    "none": "无",
+    "rate x 4": "学习率 x 4",
+    "images x 255": "图片 x 255",
+    "images of nan": "图片为 nan",
+    "BatchNorm, rate x 6": "BatchNorm，学习率 x 6",
+    "BatchNorm, images x 255": "BatchNorm，图片 x 255",
     "random images": "随机图片",
     "Measured on {machines}; data: {data}.": "测量环境：{machines}；数据：{data}。",
     " Of several seeds: the mean ± the standard deviation.": "有几个种子时：平均值 ± 标准差。",
 }
+
+DANGERS = [
+    "none",
+    "rate x 4",
+    "images x 255",
+    "images of nan",
+    "BatchNorm, rate x 6",
+    "BatchNorm, images x 255",
+]
 
 
 def words(language):
@@ -141,6 +160,20 @@ def arms_table(results, number, say):
     return table([say(word) for word in ["network", "validation accuracy", "gap", "behind the first"]], rows)
 
 
+def clipping_table(results, say):
+    """Return the table of lesson 09: validation accuracy in percent by danger and clipping, over the seeds."""
+    entries = pick(results, "09")
+    if not entries:
+        return "..."  # not measured yet
+    rows = []
+    for danger in DANGERS:
+        run = danger.replace(" ", "_").replace(",", "")
+        arms = [f"{run}_clipping_{clipping}" for clipping in ["none", "norm", "value"]]
+        cells = [[entry["arms"][arm]["val_accuracy"] for entry in entries] for arm in arms]
+        rows.append([say(danger), *(mean_and_spread(cell, 1) for cell in cells)])
+    return table([say(word) for word in ["danger", "no clipping", "norm clipped", "values clipped"]], rows)
+
+
 def throughput_table(report, say):
     """Return the table of images per second, and of what share of the arithmetic limit that is."""
     rows = []
@@ -200,6 +233,8 @@ def fill(text, language):
         ),
         "schedulers": lambda old: arms_table(results, "04", say),
         "augmentation": lambda old: arms_table(results, "05", say),
+        "precisions": lambda old: arms_table(results, "07", say),
+        "clipping": lambda old: clipping_table(results, say),
         "throughput": lambda old: throughput_table(throughput, say),
         "ratios": lambda old: ratios_table(throughput, say),
         "throughput machine": lambda old: measured_on([throughput["machine"]], say(throughput["data"]), say),
