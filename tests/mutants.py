@@ -464,7 +464,7 @@ MUTANTS = {
     "state that is no copy": ("8", "early_stopping", "return vars(self).copy()", "return vars(self)"),
     "points lost against the last epoch": ("8", "early_stopping", 'best = max(row["Accuracy/val"] for row in history)', 'best = history[-1]["Accuracy/val"]'),
     "accuracy of the epoch of the stop": ("8", "early_stopping", 'accuracy = history[restored - 1]["Accuracy/val"]', 'accuracy = history[(stop or len(history)) - 1]["Accuracy/val"]'),
-    "minutes saved as if all were": ("8", "early_stopping", "minutes * (epochs - stop)", "minutes * epochs"),
+    "minutes saved as if all were": ("8", "early_stopping", "minutes * (epochs - (stop or len(history)))", "minutes * epochs"),
     "stop by the test images": ("8", "early_stopping", "train=False)\n    images, labels = images", "train=True)\n    images, labels = images"),
     "lines at the epochs brought back": ("8", "early_stopping", "x = [stop + 0.1 * number] if stop else []", "x = [restored]"),
     # Lesson 09
@@ -497,7 +497,7 @@ MUTANTS = {
     "norm after clipping": ("9", "clipping", "        return nn.utils.clip_grad_norm_(parameters, limit)\n", "        nn.utils.clip_grad_norm_(parameters, limit)\n        return nn.utils.get_total_norm([parameter.grad for parameter in parameters])\n"),
     "limits swapped": ("9", "clipping", 'limit = args.max_value if clipping == "value"', 'limit = args.max_value if clipping == "norm"'),
     "all images faulty": ("9", "clipping", "images[0] *= spoil", "images *= spoil"),
-    "a fault in every batch": ("9", "clipping", "if batch % 20 == 5:", "if True:"),
+    "a fault in every batch": ("9", "clipping", "if batch % 20 == 3:", "if True:"),
     "danger with BatchNorm always": ("9", "clipping", "batch_norm=batch_norm).to(args.device)", "batch_norm=True).to(args.device)"),
     "rate not multiplied": ("9", "clipping", "lr=factor * args.lr", "lr=args.lr"),
     "no bias without BatchNorm": ("9", "clipping", "bias=not batch_norm", "bias=False"),

@@ -144,7 +144,7 @@ def test_the_key_code_of_a_page_is_the_lessons_own(page):
     number, text = page.name[:2], read(page)
     lines = iter([line.strip() for line in read(PATHS[number]).splitlines()])
     blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    assert blocks and all(line.strip() in lines for block in blocks for line in block.splitlines())
+    assert blocks and all(line.strip() in lines for block in blocks for line in block.splitlines() if line)
     assert len(text.splitlines()) <= 150
     headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
     if page not in CHINESE:

@@ -107,8 +107,8 @@ def test_the_real_stop_watches_the_accuracy_and_brings_its_best_epoch_back(lesso
     best = load(folder_of(lesson, tmp_path) / "best_model.pth")
     assert len(best["history"]) == 2
     assert_same_state(dict(best["model"]), script.weights[1])
-    line = "Brought back: epoch 2 of 6, with 43.75 % accuracy on 32 test images, which choose nothing"
-    assert line in output
+    assert "Brought back: epoch 2 of 6, with 50.00 % on the validation images, which chose it, " in output
+    assert "and 43.75 % on 32 test images.\n" in output
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -174,7 +174,7 @@ def test_the_table_says_what_each_rule_would_have_done(lesson, capsys):
     """Worked out by hand, with epochs of 1.5 minutes: the loss has its minimum in epoch 3, the accuracy in 7."""
     lesson.print_rules(HISTORY, 10)
     assert capsys.readouterr().out.splitlines() == [
-        "What each rule makes of this training (at most 10 epochs of 1.50 minutes):",
+        "What each rule makes of this training, of at most 10 epochs (1.50 minutes each):",
         "  watches       patience  stops after  brings back  saves         accuracy  loses",
         "  Loss/val             1     epoch  4     epoch  3   9.0 minutes   70.00 %   5.00 points",
         "  Loss/val             2     epoch  5     epoch  3   7.5 minutes   70.00 %   5.00 points",
@@ -182,8 +182,8 @@ def test_the_table_says_what_each_rule_would_have_done(lesson, capsys):
         "  Loss/val             5     epoch  8     epoch  3   3.0 minutes   70.00 %   5.00 points",
         "  Accuracy/val         1     epoch  5     epoch  4   7.5 minutes   72.00 %   3.00 points",
         "  Accuracy/val         2     epoch  6     epoch  4   6.0 minutes   72.00 %   3.00 points",
-        "  Accuracy/val         3        never     epoch  7   0.0 minutes   75.00 %   0.00 points",
-        "  Accuracy/val         5        never     epoch  7   0.0 minutes   75.00 %   0.00 points",
+        "  Accuracy/val         3    not in  8     epoch  7   3.0 minutes   75.00 %   0.00 points",
+        "  Accuracy/val         5    not in  8     epoch  7   3.0 minutes   75.00 %   0.00 points",
     ]
 
 
@@ -205,7 +205,7 @@ def test_the_picture_shows_both_curves_with_every_stop(lesson):
         assert [round(x[0]) if x else None for x in drawn] == stops
         labels = [text.get_text() for text in ax.get_legend().get_texts()]
         assert labels[0] == curve and ax.get_title() == f"Stopping by {curve} on digits"
-        ends = [f"stops after {stop}" if stop else "does not stop" for stop in stops]
+        ends = [f"stops after {stop}" if stop else "not in 8" for stop in stops]
         expected = zip(lesson.PATIENCES, ends, restored, strict=True)
         assert labels[1:] == [f"patience {p}: {end}, brings back {best}" for p, end, best in expected]
 

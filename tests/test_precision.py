@@ -248,7 +248,7 @@ def test_the_printed_shares_of_rounding_are_counted_right(lesson, capsys):
     images, labels = batches(1, 64).dataset.tensors
     lesson.print_rounding(model, images, labels, CPU, 0.002)
     output = capsys.readouterr().out
-    assert output.startswith("Rounding, in one step of the trained network with 64 images and rate 0.002:\n")
+    assert output.startswith("Rounding, in one step without momentum, with 64 images and rate 0.002:\n")
     with torch.no_grad():
         logits = model.train()(lesson.to_input(images, CPU)).double().numpy()
     exp = np.exp(logits - logits.max(axis=1, keepdims=True))

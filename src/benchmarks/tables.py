@@ -48,6 +48,7 @@ CHINESE = {
     "rate x 4": "学习率 x 4",
     "images x 255": "图片 x 255",
     "images of nan": "图片为 nan",
+    "BatchNorm, none": "BatchNorm，无",
     "BatchNorm, rate x 6": "BatchNorm，学习率 x 6",
     "BatchNorm, images x 255": "BatchNorm，图片 x 255",
     "random images": "随机图片",
@@ -55,14 +56,8 @@ CHINESE = {
     " Of several seeds: the mean ± the standard deviation.": "有几个种子时：平均值 ± 标准差。",
 }
 
-DANGERS = [
-    "none",
-    "rate x 4",
-    "images x 255",
-    "images of nan",
-    "BatchNorm, rate x 6",
-    "BatchNorm, images x 255",
-]
+DANGERS = ["none", "rate x 4", "images x 255", "images of nan"]
+DANGERS += ["BatchNorm, none", "BatchNorm, rate x 6", "BatchNorm, images x 255"]
 
 
 def words(language):

@@ -76,23 +76,23 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, dtype, sca
         images, labels = to_input(images, device), to_device(labels, device)
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
         # NEW in 07: in this block, autocast computes convolutions and linear layers in 16 bits, and the loss,
-        # where small numbers are added up, in 32. The weights stay float32. backward() stands outside: it
-        # computes every gradient with as many bits as forward() had there.
+        # where small numbers are added up, in 32; the other layers take what they get. The weights stay
+        # float32. backward() stands outside: it computes every gradient with as many bits as forward() had.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(images)  # calls forward(): (N, 10)
             loss = loss_fn(logits, labels)
         # 2. zero_grad: forget the gradients of the batch before; backward() would add to them.
         optimizer.zero_grad()
         # 3. Backward: compute the gradient of the loss for every weight, and store it in weight.grad.
-        # NEW in 07: of the loss times a scale, or float16 would round small gradients to 0.
+        # NEW in 07: multiply the loss, and so all gradients, by a scale: float16 rounds small ones to 0.
         scaler.scale(loss).backward()
-        # NEW in 07: divide the gradients by the scale again before anything looks at them, as clipping does
-        # (lesson 09): forgotten, it would see gradients 65,536 times too long, and cut nearly all away.
+        # NEW in 07: divide the gradients by the scale again before anything reads them. Clipping shortens
+        # those that are too long (lesson 09): it would find all 65,536 times too long, and leave almost none.
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
-        scaler.step(optimizer)  # NEW in 07: optimizer.step(), but for a batch with infinite gradients
-        scaler.update()  # NEW in 07: then halves the scale; doubles it after 2,000 batches without any
+        scaler.step(optimizer)  # NEW in 07: optimizer.step(), but skipped if a gradient is inf or nan
+        scaler.update()  # NEW in 07: halves the scale after a skipped step, doubles it after 2,000 good ones
 
         total_loss += loss.detach() * len(labels)  # detach(), or the sum keeps every batch in memory
         correct += (logits.argmax(dim=1) == labels).sum()  # argmax: the class of the largest logit
@@ -196,27 +196,14 @@ def print_ranking(histories, images, data):
         print(f"  {name:30} {best[name]:5.2f} % in epoch {epoch:2d}{note}")
 
 
-# NEW in 07: the number formats. Of its bits, a floating-point number spends some on its range and the rest on
-# its digits. Gradients want range, weights want digits: a small step must not vanish beside a large weight.
+# NEW in 07: the number formats. Of its bits, a number spends one on the sign, some on the range and the rest
+# on the digits. Gradients want range, weights digits: a small step must not vanish beside a large weight.
 PRECISIONS = {
     "float32": torch.float32,  # 8 bits for the range, 23 for the digits: 1e-45 to 3e38, about 7 digits
     "bfloat16": torch.bfloat16,  # 8 and 7: the range of float32, but only 2 to 3 digits
     "float16": torch.float16,  # 5 and 10: 3 to 4 digits, but nothing beyond 6e-8 to 65,504
 }
 MAX_NORM = 5.0  # NEW in 07: longer gradients are shortened to this length
-
-
-# NEW in 07: without instructions of its own for 16 bits, a processor takes longer for them, not shorter
-def describe_processor(device):
-    """Return what computes here, and whether it has instructions for bfloat16, in words."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return f"GPU {torch.cuda.get_device_name(device)}, bfloat16: {'yes' if fast else 'no'}"
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # as PyTorch before 2.11
-        return f"{device}, bfloat16: unknown, the figures will tell"
-    found = torch.cpu.get_capabilities()
-    names = [name for name in ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"] if found.get(name)]
-    return f"CPU {found.get('cpu_name', '')}, bfloat16: {', '.join(names) or 'no instructions for it'}"
 
 
 def train(args, name, train_set, val_set, class_names, folder, last_epoch):
@@ -270,6 +257,7 @@ def train(args, name, train_set, val_set, class_names, folder, last_epoch):
                 model, train_loader, loss_fn, optimizer, args.device, epoch, dtype, scaler
             )
             seconds = time.perf_counter() - start
+            memory = torch.cuda.max_memory_allocated(args.device) if args.device.type == "cuda" else 0
             val_loss, val_acc = evaluate(model, val_loader, args.device, dtype)
             val_seconds = time.perf_counter() - start - seconds  # NEW in 07
             stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
@@ -286,8 +274,8 @@ def train(args, name, train_set, val_set, class_names, folder, last_epoch):
             row["ImagesPerSecond/train"] = len(train_set) / seconds  # NEW in 07
             row["ImagesPerSecond/val"] = len(val_set) / val_seconds  # NEW in 07
             row["LossScale"] = scaler.get_scale()  # NEW in 07: 1 where it is not enabled
-            if args.device.type == "cuda":  # NEW in 07
-                row["PeakMemoryGB"] = torch.cuda.max_memory_allocated(args.device) / 1e9
+            if memory:  # NEW in 07: of a GPU, in training; validation takes more images at a time
+                row["PeakMemoryGB"] = memory / 1e9
             history.append(row)
             report_epoch(writer, epoch, args.epochs, row)
             scheduler.step()
@@ -322,17 +310,17 @@ def print_rounding(model, images, labels, device, lr):
     logits = model(to_input(images, device))
     logits.retain_grad()  # else backward() would keep the gradients of weights alone
     F.cross_entropy(logits, labels.to(device)).backward()
-    print(f"Rounding, in one step of the trained network with {len(images)} images and rate {lr}:")
+    print(f"Rounding, in one step without momentum, with {len(images)} images and rate {lr}:")
     for name, scale in [("float16", 1), ("float16", 65_536), ("bfloat16", 1)]:
         vanished = (logits.grad * scale).to(PRECISIONS[name]) == 0
         print(f"  gradients of the logits that are 0 in {name:8}", end="")
-        print(f" at scale {scale:6,}: {100 * vanished.double().mean():5.1f} %")
+        print(f" at scale {scale:6,}: {100 * vanished.float().mean():5.1f} %")
     weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])
     moves = lr * torch.cat([weight.grad.flatten() for weight in model.parameters()])
     for name in ["float32", "bfloat16"]:
         kept = weights.to(PRECISIONS[name])
         stuck = kept - moves.to(PRECISIONS[name]) == kept
-        print(f"  weights that do not move if they are {name:8}: {100 * stuck.double().mean():5.1f} %")
+        print(f"  weights that do not move if they are {name:8}: {100 * stuck.float().mean():5.1f} %")
 
 
 # NEW in 07: the arms side by side
@@ -373,7 +361,7 @@ def main(argv=None):
     histories = {}
     try:
         # NEW in 07: in turn, epoch by epoch, so that whatever else this computer does slows all arms alike
-        for epoch in range(1, args.epochs + 1):
+        for epoch in range(1, args.epochs + 1):  # train() goes on from the checkpoint of the epoch before
             for name in args.precisions:
                 arm = folder / name
                 histories[name] = train(args, name, train_set, val_set, class_names, arm, epoch)
@@ -501,6 +489,19 @@ def resume_hint(args, path):
     command = [sys.executable, __file__, "--resume", path, "--epochs", args.epochs, "--device", args.device]
     command += ["--output-dir", args.output_dir, "--data-dir", args.data_dir]
     return f"To go on after the last saved epoch: {quote([str(word) for word in command])}"
+
+
+# NEW in 07: without instructions of its own for 16 bits, a processor takes longer for them, not shorter
+def describe_processor(device):
+    """Return what computes here, and whether it has instructions for bfloat16, in words."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)  # NVIDIA's Ampere, of 2020
+        return f"GPU {torch.cuda.get_device_name(device)}, bfloat16: {'yes' if fast else 'no'}"
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # as PyTorch before 2.11
+        return f"{device}, bfloat16: unknown, the figures will tell"
+    found = torch.cpu.get_capabilities()
+    names = [name for name in ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"] if found.get(name)]
+    return f"CPU {found.get('cpu_name', '')}, bfloat16: {', '.join(names) or 'no instructions for it'}"
 
 
 def parse_args(argv, resumed=None):

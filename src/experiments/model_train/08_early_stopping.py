@@ -179,16 +179,16 @@ class EarlyStopping:
     def should_stop(self):
         return self.epoch - self.best_epoch >= self.patience
 
-    def state_dict(self):  # for the checkpoint: forgotten, a resumed run would begin to count anew
-        return vars(self).copy()
+    def state_dict(self):  # for the checkpoint: without it, a resumed run would begin to count anew
+        return vars(self).copy()  # all attributes, as a dict
 
     def load_state_dict(self, state):
         vars(self).update(state)
 
 
-# NEW in 08: the rules to compare: the figure that each watches, its better end, and the patience. All figures
-# are of validation images. Test images may not decide: their best epoch would be the one that happens to suit
-# them, and no images would be left to tell how good it is on others.
+# NEW in 08: the rules to compare: the curve that each watches, whether low or high is better, and patience.
+# All are of validation images. Test images may not decide: their best epoch would be the one that happens to
+# suit them, and no images would be left to tell how good it is on others.
 WATCHED = {"Loss/val": "min", "Accuracy/val": "max"}
 PATIENCES = [1, 2, 3, 5]  # NEW in 08: epochs without a new best
 
@@ -206,9 +206,9 @@ def train(args, train_set, val_set, class_names, folder):
     model = SimpleCNN(len(class_names)).to(args.device)
     loss_fn = nn.CrossEntropyLoss()  # softmax of the logits, then the mean of -ln(share of the true class)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
-    # NEW in 08: the rate falls to a tenth after 2 epochs without a new best. The patience has to be longer,
-    # so that the lower rate gets its chance. A cosine and early stopping do not go together: a cosine has its
-    # low rates, which gain most, in the last epochs only, and they never come if the training stops before.
+    # NEW in 08: patience=1 bears one epoch without a new best; after the second, the rate falls to a tenth.
+    # Our own patience has to be longer, so that the lower rate gets its chance. A cosine and early stopping
+    # do not go together: a cosine has its low rates, which gain most, at its end, and training stops before.
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=1)
     early_stopping = EarlyStopping(args.patience, args.min_delta, mode="max")  # NEW in 08: watches accuracy
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
@@ -253,13 +253,13 @@ def train(args, train_set, val_set, class_names, folder):
             report_epoch(writer, epoch, args.epochs, row)
             scheduler.step(val_acc)
             early_stopping.step(val_acc)  # NEW in 08
-            if early_stopping.best_epoch == epoch:  # NEW in 08: as it says, not as a second rule might
+            if early_stopping.best_epoch == epoch:  # NEW in 08: one rule for best and for stop
                 save(best)
             save(latest)  # last: the best is safe by then
     return history
 
 
-# NEW in 08: what another rule would have done, without training again
+# NEW in 08: what another rule would have done, without training again (and with a min_delta of 0)
 def apply_rule(history, curve, patience):
     """Return the epoch in which the rule stops, None if it does not, and the epoch that it brings back."""
     rule = EarlyStopping(patience, mode=WATCHED[curve])
@@ -275,13 +275,13 @@ def print_rules(history, epochs):
     """Print for every rule when it stops, what that saves of so many epochs, and what it loses."""
     minutes = sum(row["Seconds"] for row in history) / len(history) / 60
     best = max(row["Accuracy/val"] for row in history)
-    print(f"What each rule makes of this training (at most {epochs} epochs of {minutes:.2f} minutes):")
+    print(f"What each rule makes of this training, of at most {epochs} epochs ({minutes:.2f} minutes each):")
     print("  watches       patience  stops after  brings back  saves         accuracy  loses")
     for curve in WATCHED:
         for patience in PATIENCES:
             stop, restored = apply_rule(history, curve, patience)
-            words = f"epoch {stop:2}" if stop else "never"
-            saved = minutes * (epochs - stop) if stop else 0.0
+            words = f"epoch {stop:2}" if stop else f"not in {len(history):2}"
+            saved = minutes * (epochs - (stop or len(history)))
             accuracy = history[restored - 1]["Accuracy/val"]
             print(f"  {curve:12}  {patience:8}  {words:>11}     epoch {restored:2}", end="")
             print(f"  {saved:4.1f} minutes   {accuracy:5.2f} %  {best - accuracy:5.2f} points")
@@ -290,14 +290,14 @@ def print_rules(history, epochs):
 # NEW in 08: both curves and the stops
 def plot_rules(history, data):
     """Return a figure of both curves watched, with each rule's stop (a line) and best epoch (a dot)."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     epochs = range(1, len(history) + 1)
-    for ax, curve in zip(figure.subplots(1, 2), WATCHED, strict=True):
+    for ax, curve in zip(figure.subplots(1, len(WATCHED)), WATCHED, strict=True):
         values = [row[curve] for row in history]
         ax.plot(epochs, values, color="black", marker=".", label=curve)
         for number, patience in enumerate(PATIENCES):
             stop, restored = apply_rule(history, curve, patience)
-            end = f"stops after {stop}" if stop else "does not stop"
+            end = f"stops after {stop}" if stop else f"not in {len(history)}"
             label = f"patience {patience}: {end}, brings back {restored}"
             ax.plot(restored, values[restored - 1], "o", color=f"C{number}", markersize=14 - 3 * number)
             x = [stop + 0.1 * number] if stop else []  # side by side, where rules stop together
@@ -305,7 +305,7 @@ def plot_rules(history, data):
         ax.set(title=f"Stopping by {curve} on {data}", xlabel="epoch", ylabel=curve)
         ax.xaxis.get_major_locator().set_params(integer=True)  # whole epochs
         ax.grid(alpha=0.3)
-        ax.legend()
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below, where it hides no line
     return figure
 
 
@@ -341,13 +341,14 @@ def main(argv=None):
             figure.savefig(artifacts / f"{name}.png", dpi=100)
             writer.add_figure(f"Comparison/{name}", figure)
     model = SimpleCNN()
-    restored = len(load_checkpoint(folder / "best_model.pth", {"model": model})["history"])
+    best = load_checkpoint(folder / "best_model.pth", {"model": model})["history"]
     images, labels, *_ = load_data(args.data, args.data_dir, train=False)
     images, labels = images[: args.subset], labels[: args.subset]
     test_loader = DataLoader(TensorDataset(images, labels), batch_size=1000)
     _, accuracy = evaluate(model.to(args.device), test_loader, args.device)
-    print(f"Brought back: epoch {restored} of {len(history)}, with {accuracy:.2f} % accuracy on", end=" ")
-    print(f"{len(labels):,} test images, which choose nothing: this is the first time they are used.")
+    val_accuracy = best[-1]["Accuracy/val"]
+    print(f"Brought back: epoch {len(best)} of {len(history)}, with {val_accuracy:.2f} % on the", end=" ")
+    print(f"validation images, which chose it, and {accuracy:.2f} % on {len(labels):,} test images.")
     print(f"Pictures in {artifacts}: {', '.join(f'{name}.png' for name in figures)}")
     print(f"The checkpoints are in {folder}.")
     logdir = str(args.output_dir / "tensor_board" / LESSON)

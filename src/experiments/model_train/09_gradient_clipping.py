@@ -44,7 +44,7 @@ class SimpleCNN(nn.Module):
     def __init__(self, num_classes=10, dropout=0.0, batch_norm=True):
         super().__init__()
         # NEW in 09: BatchNorm brings the values of every layer back to one size, which hides most of what can
-        # go wrong here. Networks without it, as transformers and recurrent ones, are those that are clipped.
+        # go wrong here. Recurrent networks and transformers have none, and are usually clipped.
         norm = nn.BatchNorm2d if batch_norm else nn.Identity  # Identity changes nothing
         self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=not batch_norm)  # 3 channels to 32
         self.bn1 = norm(32)  # over the batch: mean 0, variance 1, then a learned scale and shift
@@ -71,8 +71,8 @@ def clip_gradients(parameters, clipping, limit):
 
     The norm is the length of all gradients as one vector: the root of the sum of their squares. "norm" makes
     a longer vector as long as the limit and keeps its direction; "value" cuts each number off at -limit and
-    limit, which turns the vector; "none" only measures. No clipping mends a nan, and "norm" makes nan of all
-    gradients if one is nan or inf; with error_if_nonfinite=True, clip_grad_norm_() raises an error instead.
+    limit, which turns the vector; "none" only measures. A nan stays: "norm" even spreads it to all gradients.
+    Of an inf, "norm" makes a nan, and 0 of the rest. With error_if_nonfinite=True it raises an error instead.
     """
     if clipping == "norm":
         return nn.utils.clip_grad_norm_(parameters, limit)
@@ -92,7 +92,7 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, spoil, cli
     for batch, (images, labels) in enumerate(bar, start=1):
         # Copy to the device (CPU or GPU); to_input() turns bytes (N, 32, 32, 3) into floats (N, 3, 32, 32).
         images, labels = to_input(images, device), to_device(labels, device)
-        if batch % 20 == 5:  # NEW in 09: in every 20th batch, the first image is faulty
+        if batch % 20 == 3:  # NEW in 09: in every 20th batch, the first image is faulty
             images[0] *= spoil
         # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
         logits = model(images)  # calls forward(): (N, 10)
@@ -101,8 +101,8 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, spoil, cli
         optimizer.zero_grad()
         # 3. Backward: compute the gradient of the loss for every weight, and store it in weight.grad.
         loss.backward()
-        # NEW in 09: here, where the gradients are complete and have not moved anything yet. If several
-        # backward() add up to one step, clip once, after the last. With a GradScaler, unscale_() first (07).
+        # NEW in 09: here the gradients are complete, and step() has not used them yet. If several backward()
+        # add up to one step, clip once, after the last of them. With a GradScaler, unscale_() first (07).
         norms.append(clip_gradients(parameters, clipping, limit))
         # 4. Step: move every weight against its gradient; the learning rate scales how far.
         optimizer.step()
@@ -129,12 +129,14 @@ def evaluate(model, loader, device):
 
 
 # NEW in 09: the dangers: with BatchNorm or without, the learning rate as a multiple of --lr, and what the
-# faulty images are multiplied with. 255: somebody forgot to divide by it. nan, "not a number": 0 / 0, say.
+# faulty images are multiplied with. 255: about as if somebody forgot to divide by it. nan, "not a number": as
+# from 0 / 0. A network with BatchNorm bears more, so it gets a higher rate.
 DANGERS = {
     "none": (False, 1, 1.0),
     "rate x 4": (False, 4, 1.0),
     "images x 255": (False, 1, 255.0),
     "images of nan": (False, 1, math.nan),
+    "BatchNorm, none": (True, 1, 1.0),
     "BatchNorm, rate x 6": (True, 6, 1.0),
     "BatchNorm, images x 255": (True, 1, 255.0),
 }
@@ -197,7 +199,7 @@ def print_norms(norms, max_norm):
 def describe(history, norms):
     """Return in words how a training ended: its accuracy, and its longest gradient."""
     lost = [step for step, norm in enumerate(norms, start=1) if not math.isfinite(norm)]
-    words = f"norm nan or inf from step {lost[0]} on" if lost else f"norms up to {max(norms):.3g}"
+    words = f"the first norm of nan or inf in step {lost[0]}" if lost else f"norms up to {max(norms):.3g}"
     return f"{history[-1]['Accuracy/val']:5.2f} %, {words}"
 
 
@@ -205,7 +207,7 @@ def describe(history, norms):
 def print_table(results, args):
     """Print the validation accuracies of results, {(danger, clipping): (history, norms)}."""
     limits = f"norm {args.max_norm}, value {args.max_value}"
-    print(f"Validation accuracy after {args.epochs} epochs (10 % is guessing), with the limits {limits}:")
+    print(f"Validation accuracy after {args.epochs} epochs, with the limits {limits}. 10 % is guessing:")
     print(f"  {'danger':25}" + "".join(f"{clipping:>9}" for clipping in CLIPPINGS))
     for danger in DANGERS:
         accuracies = [results[danger, clipping][0][-1]["Accuracy/val"] for clipping in CLIPPINGS]
