@@ -24,6 +24,8 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.tensorboard import SummaryWriter
 
+CLIPPINGS = ["none", "norm", "value"]
+
 CPU = torch.device("cpu")
 IMAGES = torch.randint(256, (200, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(200) % 10
@@ -576,14 +578,24 @@ def test_results_of_lesson_06_are_in_its_report(tmp_path):
     assert results.collect("06", folder) == {"": arm | {"mean_confidence": 25, "calibration_error": 12.5}}
 
 
-@pytest.mark.parametrize("number", ["01", "02", "04", "05", "06"])
+CLIPPING_RUNS = {
+    danger: [f"{danger} clipping {clipping}".replace(" ", "_").replace(",", "") for clipping in CLIPPINGS]
+    for danger in tables.DANGERS
+}
+
+
+@pytest.mark.parametrize("number", ["01", "02", "04", "05", "06", "07", "08", "09"])
 def test_the_lessons_print_and_write_what_is_collected(lessons, finished, tmp_path, number):
     run = finished(number)
     folder = run_folder(tmp_path / "run", run.output)
     shutil.copytree(run.folder, folder, dirs_exist_ok=True)
     arms = results.collect(number, folder)
-    expected = {"04": list(lessons["04"].SCHEDULERS), "05": list(lessons["05"].ARMS)}.get(number, [""])
-    assert sorted(arms) == sorted(expected)
+    expected = {"04": list(lessons["04"].SCHEDULERS), "05": list(lessons["05"].ARMS)}
+    expected |= {
+        "07": ["float32", "bfloat16"],
+        "09": [run for runs in CLIPPING_RUNS.values() for run in runs],
+    }
+    assert sorted(arms) == sorted(expected.get(number, [""]))
     for arm, found in arms.items():
         line = {
             "01": "acc {train_accuracy:5.2f} % | ",
@@ -591,9 +603,12 @@ def test_the_lessons_print_and_write_what_is_collected(lessons, finished, tmp_pa
             "04": "  {arm:30} {val_accuracy:5.2f} % in epoch  1",
             "05": ", validation {val_accuracy:.2f} %\n    gap {gap:.2f} points",
             "06": "its accuracy {test_accuracy:.1f} %.",
+            "07": "  {arm:30} {val_accuracy:5.2f} % in epoch  1",
+            "08": "Brought back: epoch {best_epoch} of {epochs}, with {val_accuracy:.2f} % on the validation",
+            "09": " {val_accuracy:.2f} %",
         }[number]
         assert line.format(arm=arm, **found) in run.output
-    assert results.can_resume(PATHS[number].stem, folder) == (number in ["04", "05"])
+    assert results.can_resume(PATHS[number].stem, folder) == (number in ["04", "05", "07", "08"])
 
 
 STUB = """
@@ -701,6 +716,27 @@ def entry(number, seed, seconds=60.0, memory=1.5e9, **arms):
     arms = {arm: {"val_accuracy": accuracy, "gap": gap} for arm, (accuracy, gap) in arms.items()}
     found = {"lesson": number, "seed": seed, "seconds": seconds, "peak_memory_bytes": memory, "arms": arms}
     return found | {"machine": MACHINE, "data": "random images"}
+
+
+def test_the_table_of_clipping_has_a_row_for_every_danger(lessons):
+    """Mean and deviation over the seeds; without entries, three dots."""
+    assert tables.DANGERS == list(lessons["09"].DANGERS) and CLIPPINGS == lessons["09"].CLIPPINGS
+    found = []
+    for seed, shift in [(42, -1.0), (43, 0.0), (44, 1.0)]:
+        arms = {
+            run: (10.0 * row + 3 * column + shift, 0.0)
+            for row, runs in enumerate(CLIPPING_RUNS.values())
+            for column, run in enumerate(runs)
+        }
+        found.append(entry("09", seed, **arms))
+    lines = tables.clipping_table(found, tables.words("en")).splitlines()
+    assert lines[0] == "| danger | no clipping | norm clipped | values clipped |"
+    for row, (danger, line) in enumerate(zip(tables.DANGERS, lines[2:], strict=True)):
+        cells = " | ".join(f"{10.0 * row + 3 * column:.1f} ± 1.0" for column in range(3))
+        assert line == f"| {danger} | {cells} |"
+    assert tables.clipping_table([], tables.words("en")) == "..."
+    chinese = tables.clipping_table(found, tables.words("zh"))
+    assert "| 危险 | 不裁剪 |" in chinese and "| 学习率 x 4 |" in chinese
 
 
 ENTRIES = [  # not in order: the tables sort them
