@@ -564,6 +564,14 @@ def test_gaps_of_lesson_05_are_those_it_prints(tmp_path):
     }
 
 
+def test_results_of_lesson_09_are_of_the_last_epoch(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    runs = folder / "tensor_board" / "09_gradient_clipping" / "cifar10_run_1"
+    write_run(runs / "none_clipping_norm", [50, 75, 62.5], [1, 2, 4])
+    arm = {"val_accuracy": 62.5, "best_epoch": 3, "epochs": 3, "gap": 4}
+    assert results.collect("09", folder) == {"none_clipping_norm": arm}
+
+
 def test_results_of_lesson_06_are_in_its_report(tmp_path):
     folder = run_folder(tmp_path / "run")
     run_dir = folder / "tensor_board" / "06_detailed_evaluation" / "cifar10_run_1"
@@ -735,6 +743,10 @@ def test_the_table_of_clipping_has_a_row_for_every_danger(lessons):
         cells = " | ".join(f"{10.0 * row + 3 * column:.1f} ± 1.0" for column in range(3))
         assert line == f"| {danger} | {cells} |"
     assert tables.clipping_table([], tables.words("en")) == "..."
+    headline = tables.headline(found, tables.words("en"))
+    assert headline == "23.0 ± 1.0 % on validation images, images_x_255_clipping_norm", (
+        "not the best: the point"
+    )
     chinese = tables.clipping_table(found, tables.words("zh"))
     assert "| 危险 | 不裁剪 |" in chinese and "| 学习率 x 4 |" in chinese
 

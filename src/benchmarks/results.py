@@ -44,7 +44,10 @@ def collect(number, folder):
         if "Accuracy/val" not in curves:  # no training: a lesson's pictures, or 06's evaluation
             continue
         # As in the lessons, the first is the best of equal ones.
-        best_epoch, val_accuracy = max(curves["Accuracy/val"], key=lambda point: point[1])
+        points = curves["Accuracy/val"]
+        if number == "09":  # where trainings are lost: what the last epoch has left of them
+            points = points[-1:]
+        best_epoch, val_accuracy = max(points, key=lambda point: point[1])
         arms[run_dir.name if number in WITH_ARMS else ""] = {
             "val_accuracy": val_accuracy,
             "best_epoch": best_epoch,

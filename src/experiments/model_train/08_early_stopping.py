@@ -7,9 +7,13 @@ on one recorded training; and the test images, for the one model that remains.
     python src/experiments/model_train/08_early_stopping.py --epochs 8 --subset 2000    # within a minute
     python -m tensorboard.main --logdir tensor_board/08_early_stopping                  # the curves
 
-EXPECT
+Expect 72.6 to 72.7 % validation and 72.3 to 72.4 % test accuracy with the rule that is used, which watches
+accuracy and does not stop within 16 epochs; rules that watch the loss stop after epoch 3 to 9, and lose 5 to
+12 points. It takes 7 minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to 44), writes early_stopping.png
+to artifacts/, and checkpoints and curves as lesson 03 does.
 
-Exercises: 1. EXERCISE
+Exercises: 1. Run it with --patience 2: it stops before the lower rate has had its chance. 2. Add
+"Loss/train": "min" to WATCHED, and run it with --resume: which of the new rules stops at all?
 """
 
 import argparse
@@ -207,8 +211,8 @@ def train(args, train_set, val_set, class_names, folder):
     loss_fn = nn.CrossEntropyLoss()  # softmax of the logits, then the mean of -ln(share of the true class)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
     # NEW in 08: patience=1 bears one epoch without a new best; after the second, the rate falls to a tenth.
-    # Our own patience has to be longer, so that the lower rate gets its chance. A cosine and early stopping
-    # do not go together: a cosine has its low rates, which gain most, at its end, and training stops before.
+    # Our own patience has to be longer, so that the lower rate gets its chance. A cosine does not go with
+    # early stopping: it is made for a number of epochs, and has its low rates in the last of them.
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=1)
     early_stopping = EarlyStopping(args.patience, args.min_delta, mode="max")  # NEW in 08: watches accuracy
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
