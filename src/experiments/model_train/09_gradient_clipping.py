@@ -9,7 +9,8 @@ made to fail, with a rate that is too high or a few images that are faulty.
 
 Expect, without BatchNorm, 10 to 23 % validation accuracy where rate or images are faulty, 31 to 43 % with the
 norm clipped, 36 to 44 % without danger, in 9 minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to 44,
-which agree less than elsewhere: a training at its limit hangs on chance). It writes gradient_clipping.png to artifacts/, and a run for each training to tensor_board/.
+which differ more than elsewhere: a training at its limit hangs on chance). It writes gradient_clipping.png to
+artifacts/, and a run for each training to tensor_board/.
 
 Exercises: 1. Choose --max-norm by the quantiles that are printed, so that 1 step in 100 is clipped: which
 dangers does it still mend? 2. Write if norms[-1].isfinite(): before optimizer.step(): which does that mend?
