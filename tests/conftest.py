@@ -10,12 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import load_lesson
+from common import LESSONS, load_lesson
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parents[1]
-LESSONS = ROOT / "src" / "experiments" / "model_train"
 PATHS = {path.stem[:2]: path for path in sorted(LESSONS.glob("[01]*.py"))}
 NUMBERS = list(PATHS)  # "01", "02", ...
 DRAW = {Figure: "savefig", SummaryWriter: "add_figure"}  # what takes long, and few tests look at
@@ -24,7 +23,7 @@ CPU = torch.device("cpu")
 FLAGS = ["--data", "digits", "--subset", "200", "--device", "cpu", "--batch-size", "64"]
 UNIX = pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of Linux and macOS")
 QUICK = ["--data", "digits", "--epochs", "1", "--subset", "256", "--device", "cpu"]
-IMAGES = {"07": 64, "09": 64}  # 16 bits take long on some computers, and 18 trainings on all; else 256
+IMAGES = {"07": 64, "09": 64}  # 16 bits take long on some computers, and 21 trainings on all; else 256
 
 
 def pytest_addoption(parser):
