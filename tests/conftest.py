@@ -9,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sklearn.datasets
 import torch
 from common import LESSONS, load_lesson
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
+sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)  # hundreds of tests read them
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {path.stem[:2]: path for path in sorted(LESSONS.glob("[01]*.py"))}
 NUMBERS = list(PATHS)  # "01", "02", ...
@@ -91,7 +93,7 @@ def lessons():
 
 
 @pytest.fixture(scope="session")
-def finished(lessons, tmp_path_factory):
+def finished(tmp_path_factory):
     """A function that returns one quick run of a lesson on a device, which all tests share: its folder and output."""
 
     @functools.cache
@@ -100,18 +102,22 @@ def finished(lessons, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             for kind, name in DRAW.items():
                 patch.setattr(kind, name, ORIGINALS[kind])  # this run has pictures, whoever asks for it first
+            # load_lesson(): a fresh module, of which no test has patched anything
             flags = ["--device", device, "--subset", IMAGES.get(number, 256)]
-            output = run_lesson(lessons[number], folder, *flags)
+            output = run_lesson(load_lesson(number), folder, *flags)
         return SimpleNamespace(folder=folder, output=output, artifacts=folder / "artifacts")
 
     return get
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    """For tests of other things: pictures are empty files."""
+def no_pictures(monkeypatch, lessons):
+    """For tests of other things: nothing is drawn, and pictures are empty files."""
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
     monkeypatch.setattr(SummaryWriter, "add_figure", lambda *_: None)
+    for number, lesson in lessons.items():
+        for name in [name for name in vars(lesson) if name.startswith("plot_")]:
+            monkeypatch.setattr(lesson, name, lambda *_, number=number: {} if number == "04" else Figure())
 
 
 @pytest.fixture(params=["cpu"] + (["cuda"] if torch.cuda.is_available() else []))

@@ -5,28 +5,30 @@ import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from conftest import NUMBERS, PATHS, QUICK, ROOT, UNIX, run_lesson
 
+# What Python and its libraries will not do for ever; a warning from a lesson's own line is an error here.
 STRICT = ["-W", "error::FutureWarning:__main__", "-W", "error::DeprecationWarning:__main__"]
 
 
 def test_they_run_as_processes_from_another_folder(tmp_path):
-    """All at the same time, because starting takes longer than running. (03 and 04: see test_checkpoints.py.)
+    """Two at a time, because starting takes longer than running. (02 and 03 are started by tests below and elsewhere.)
 
     The environment is that of a command behind ! in a notebook, whose way of drawing is not installed here.
     """
     environment = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     processes = {}
-    for number in ["01", "02", "05", "06"]:
+    for number in ["01", "06"]:
         (tmp_path / number).mkdir()
         flags = [*QUICK, "--subset", "32", "--output-dir", "here"]
         processes[number] = subprocess.Popen(
             [sys.executable, *STRICT, str(PATHS[number]), *flags],
             cwd=tmp_path / number,
-            env=os.environ | environment,  # four processes must not quarrel over the cores
+            env=os.environ | environment,  # two processes must not quarrel over the cores
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -36,6 +38,21 @@ def test_they_run_as_processes_from_another_folder(tmp_path):
         assert process.returncode == 0, errors
         assert "Warning" not in errors and "%|" not in errors, "no warning, and no bar without a terminal"
         assert {path.name for path in (tmp_path / number).iterdir()} == {"here"}
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("number", NUMBERS)
+def test_they_run_as_scripts_from_another_folder(tmp_path, monkeypatch, capsys, number):
+    """As `python lesson.py`, but for the seconds that a new process needs to import PyTorch."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lesson.py", *QUICK, "--subset", "32", "--output-dir", "here"])
+    with warnings.catch_warnings():
+        for category in [FutureWarning, DeprecationWarning]:
+            warnings.filterwarnings("error", category=category, module="__main__")
+        runpy.run_path(str(PATHS[number]), run_name="__main__")
+    output, errors = capsys.readouterr()
+    assert "Done" in output and "Warning" not in errors and "%|" not in errors
+    assert {path.name for path in tmp_path.iterdir()} == {"here"}
 
 
 @pytest.mark.parametrize("number", NUMBERS)

@@ -356,7 +356,7 @@ def folder_of_curves(lesson, output_dir, run="digits_run_1"):
 @pytest.mark.parametrize("number", NUMBERS)
 def test_interrupted_at_any_moment_it_says_so_in_one_line(lessons, tmp_path, number, request):
     rounds = request.config.getoption("--kills")
-    if rounds == 1 and number not in ["03", "06"]:
+    if rounds == 1 and number != "03":
         pytest.skip("tried with --kills 2 and more")
     draw = random.Random(rounds)
     for i in range(rounds):

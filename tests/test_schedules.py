@@ -10,7 +10,6 @@ import torchvision
 from common import read_scalars
 from conftest import CPU, folder_of, load, run_lesson
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
 FLAGS = ["--subset", "32", "--batch-size", "16"]
 
 
@@ -66,6 +65,7 @@ def test_short_runs_keep_the_shape_of_their_schedules(lessons, epochs):
             assert all(rate > 0.0049 for rate in rates[: epochs * 3 // 4])
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_logged_rate_is_the_one_the_optimizer_used(lessons, tmp_path, monkeypatch):
     lesson, used = lessons["04"], []
     train_one_epoch = lesson.train_one_epoch
@@ -80,6 +80,7 @@ def test_logged_rate_is_the_one_the_optimizer_used(lessons, tmp_path, monkeypatc
     assert used == pytest.approx(closed_form("CosineAnnealingLR", 4, 0.05))
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("number", ["05", "06"])
 def test_05_and_06_end_on_one_cosine(lessons, tmp_path, monkeypatch, number):
     lesson, used, logged = lessons[number], [], []
@@ -103,6 +104,7 @@ def test_05_and_06_end_on_one_cosine(lessons, tmp_path, monkeypatch, number):
     assert used == pytest.approx(closed_form("CosineAnnealingLR", 3, 0.05) * arms) and logged == used
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_plateau_follows_the_validation_loss_with_patience(lessons, tmp_path, monkeypatch):
     """The validation loss stops falling after epoch 2, while the training loss falls on: a fifth after epoch 4."""
     lesson = lessons["04"]
@@ -116,6 +118,7 @@ def test_plateau_follows_the_validation_loss_with_patience(lessons, tmp_path, mo
     assert rates == pytest.approx([0.05, 0.05, 0.05, 0.05, 0.01, 0.01, 0.002])
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(("number", "arms"), [("04", 6), ("05", 3)])
 def test_arms_start_from_the_same_weights_and_see_the_same_batches(
     lessons, tmp_path, monkeypatch, number, arms
@@ -302,6 +305,7 @@ def test_05_mirrors_no_digit_in_its_picture_either(lessons, monkeypatch):
         assert (drawn == expected.numpy()).all()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_schedulers_flag_picks_arms(lessons, tmp_path):
     output = run_lesson(lessons["04"], tmp_path, *FLAGS, "--schedulers", "ExponentialLR", "Constant")
     run = tmp_path / "tensor_board" / lessons["04"].LESSON / "digits_run_1"
