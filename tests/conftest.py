@@ -5,6 +5,7 @@ import contextlib
 import functools
 import io
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ NUMBERS = list(PATHS)  # "01", "02", ...
 DRAW = {Figure: "savefig", SummaryWriter: "add_figure"}  # what takes long, and few tests look at
 ORIGINALS = {kind: getattr(kind, name) for kind, name in DRAW.items()}
 CPU = torch.device("cpu")
+JOBS = {}  # {name: function}, of in_background()
 FLAGS = ["--data", "digits", "--subset", "200", "--device", "cpu", "--batch-size", "64"]
 UNIX = pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of Linux and macOS")
 QUICK = ["--data", "digits", "--epochs", "1", "--subset", "256", "--device", "cpu"]
@@ -84,6 +86,31 @@ def assert_same_state(one, other):
             assert_same_state(first, second)
     else:
         assert one == other
+
+
+def in_background(job):
+    """Make a fixture of a function that starts processes in a folder and waits for them. It returns what that returns.
+
+    To import PyTorch takes each process some seconds, so they run from the beginning on, beside the tests.
+    """
+    JOBS[job.__name__] = job
+
+    @pytest.fixture(scope="session", name=job.__name__)
+    def result(background):
+        return background[job.__name__].result()
+
+    return result
+
+
+@pytest.fixture(scope="session", autouse=True)
+def background(request, tmp_path_factory):
+    """Run the jobs that the chosen tests need, one after the other."""
+    needed = {name for test in request.session.items for name in test.fixturenames}
+    pool = ThreadPoolExecutor(max_workers=1)
+    yield {
+        name: pool.submit(job, tmp_path_factory.mktemp(name)) for name, job in JOBS.items() if name in needed
+    }
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session")

@@ -9,35 +9,46 @@ import warnings
 
 import pytest
 import torch
-from conftest import NUMBERS, PATHS, QUICK, ROOT, UNIX, run_lesson
+from conftest import NUMBERS, PATHS, QUICK, ROOT, UNIX, in_background, run_lesson
 
 # What Python and its libraries will not do for ever; a warning from a lesson's own line is an error here.
 STRICT = ["-W", "error::FutureWarning:__main__", "-W", "error::DeprecationWarning:__main__"]
 
 
-def test_they_run_as_processes_from_another_folder(tmp_path):
-    """Two at a time, because starting takes longer than running. (02 and 03 are started by tests below and elsewhere.)
+@in_background
+def processes(folder):
+    """Lessons 01 and 06, started in a folder. (02 and 03 are started by tests below and elsewhere.)
 
     The environment is that of a command behind ! in a notebook, whose way of drawing is not installed here.
     """
     environment = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    processes = {}
+    ended = {}
     for number in ["01", "06"]:
-        (tmp_path / number).mkdir()
-        flags = [*QUICK, "--subset", "32", "--output-dir", "here"]
-        processes[number] = subprocess.Popen(
-            [sys.executable, *STRICT, str(PATHS[number]), *flags],
-            cwd=tmp_path / number,
-            env=os.environ | environment,  # two processes must not quarrel over the cores
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+        (folder / number).mkdir()
+        command = [
+            sys.executable,
+            *STRICT,
+            str(PATHS[number]),
+            *QUICK,
+            "--subset",
+            "32",
+            "--output-dir",
+            "here",
+        ]
+        ended[number] = subprocess.run(
+            command, cwd=folder / number, env=os.environ | environment, capture_output=True, text=True
         )
-    for number, process in processes.items():
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert "Warning" not in errors and "%|" not in errors, "no warning, and no bar without a terminal"
-        assert {path.name for path in (tmp_path / number).iterdir()} == {"here"}
+        ended[number].files = {path.name for path in (folder / number).iterdir()}
+    return ended
+
+
+@pytest.mark.parametrize("number", ["01", "06"])
+def test_they_run_as_processes_from_another_folder(processes, number):
+    process = processes[number]
+    assert process.returncode == 0, process.stderr
+    assert "Warning" not in process.stderr, "no warning"
+    assert "%|" not in process.stderr, "no bar without a terminal"
+    assert process.files == {"here"}
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -76,19 +87,27 @@ def test_pasted_into_a_notebook_it_says_how_to_run_it(number):
         exec(code, {"__name__": "__main__"})
 
 
-@UNIX
-def test_each_epochs_line_arrives_at_once_and_a_reader_may_go_away(tmp_path):
-    """Through a pipe, without -u. The reader takes one epoch's line, as `| head` does; no traceback follows."""
-    command = [sys.executable, str(PATHS["02"]), *QUICK, "--epochs", "100000", "--output-dir", str(tmp_path)]
+@in_background
+def piped(folder):
+    """Lesson 02, whose reader goes away after one epoch's line. Returns what was read, its status and errors."""
+    command = [sys.executable, str(PATHS["02"]), *QUICK, "--epochs", "100000", "--output-dir", str(folder)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     output = b""
     while b"\nEpoch " not in output and process.poll() is None:
         output += os.read(process.stdout.fileno(), 100_000)
-    assert 1 <= output.count(b"\nEpoch ") < 10, "not when a buffer of many epochs is full"
     process.stdout.close()
-    assert process.wait(300) == 1 and process.stderr.read() == b""
+    status, errors = process.wait(300), process.stderr.read()
     process.stderr.close()
+    return output, status, errors
+
+
+@UNIX
+def test_each_epochs_line_arrives_at_once_and_a_reader_may_go_away(piped):
+    """Through a pipe, without -u. The reader takes one epoch's line, as `| head` does; no traceback follows."""
+    output, status, errors = piped
+    assert 1 <= output.count(b"\nEpoch ") < 10, "not when a buffer of many epochs is full"
+    assert status == 1 and errors == b""
 
 
 def test_two_runs_with_one_seed_print_the_same_losses(lessons, finished, tmp_path):

@@ -25,6 +25,7 @@ from conftest import (
     assert_same_state,
     checkpoints_of,
     folder_of,
+    in_background,
     load,
     parser_of,
     run_lesson,
@@ -151,26 +152,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@UNIX
-def test_a_disk_that_fills_up_gets_one_sentence_and_status_1(tmp_path):
-    """No file may grow beyond 1,000 bytes, as soon TensorBoard's does, which a thread of its own writes.
+@in_background
+def full_disk(folder):
+    """Lesson 02 in a process that may write no file beyond 1,000 bytes, as soon TensorBoard's is."""
+    command = [sys.executable, "-c", TOO_SMALL, str(PATHS["02"]), "1000", *FLAGS, "--output-dir", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
-    What that thread prints by itself stands beside the sentence.
-    """
-    command = [
-        sys.executable,
-        "-c",
-        TOO_SMALL,
-        str(PATHS["02"]),
-        "1000",
-        *FLAGS,
-        "--output-dir",
-        str(tmp_path),
-    ]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 1
+
+@UNIX
+def test_a_disk_that_fills_up_gets_one_sentence_and_status_1(full_disk):
+    """TensorBoard writes in a thread of its own. What that prints by itself stands beside the sentence."""
+    assert full_disk.returncode == 1
     assert re.search(
-        r"Cannot use a file or folder: .*File too large\. Name others: .*--output-dir", process.stderr
+        r"Cannot use a file or folder: .*File too large\. Name others: .*--output-dir", full_disk.stderr
     )
 
 
@@ -352,17 +346,29 @@ def folder_of_curves(lesson, output_dir, run="digits_run_1"):
     return output_dir / "tensor_board" / lesson.LESSON / run
 
 
+FOR_EVER = [*FLAGS, "--epochs", "100000"]
+
+
+@in_background
+def interrupted(folder):
+    """Lesson 03, with Ctrl-C after a moment."""
+    return stop("03", FOR_EVER, folder, 0, 1.5, signal.SIGINT), folder
+
+
 @UNIX
 @pytest.mark.parametrize("number", NUMBERS)
-def test_interrupted_at_any_moment_it_says_so_in_one_line(lessons, tmp_path, number, request):
+def test_interrupted_at_any_moment_it_says_so_in_one_line(lessons, tmp_path, interrupted, number, request):
     rounds = request.config.getoption("--kills")
     if rounds == 1 and number != "03":
         pytest.skip("tried with --kills 2 and more")
     draw = random.Random(rounds)
     for i in range(rounds):
-        folder = tmp_path / str(i)
-        flags = [*FLAGS, "--epochs", "100000", *(["--schedulers", "StepLR"] if number == "04" else [])]
-        stopped = stop(number, flags, folder, 0, draw.uniform(0, 3), signal.SIGINT)
+        if number == "03" and i == 0:
+            stopped, folder = interrupted
+        else:
+            folder = tmp_path / str(i)
+            flags = [*FOR_EVER, *(["--schedulers", "StepLR"] if number == "04" else [])]
+            stopped = stop(number, flags, folder, 0, draw.uniform(0, 3), signal.SIGINT)
         assert stopped.returncode == 130, stopped.errors
         [line] = stopped.errors.strip().splitlines()
         assert line.startswith("Stopped.")

@@ -34,7 +34,8 @@ def history_of(lesson, output_dir, arm):
 def eight_epochs(lessons, tmp_path_factory):
     """The folder of lesson 04 with all six schedules for 8 epochs, every warning of torch an error."""
     folder = tmp_path_factory.mktemp("eight")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lessons["04"], "plot_arms", lambda *_: {})  # other tests look at pictures
         # torch warns when scheduler.step() comes before optimizer.step()
         warnings.simplefilter("error", UserWarning)
         run_lesson(lessons["04"], folder, "--subset", 16, "--batch-size", 16, "--epochs", 8)
@@ -238,6 +239,7 @@ def test_05_draws_the_arms_and_the_gaps_that_it_prints(lessons):
     assert right.lines[0].get_xdata()[0] == 10 and "as they are" in right.get_title()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_05_measures_the_gap_of_the_best_models_on_images_as_they_are(lessons, tmp_path, monkeypatch):
     """Printed and drawn; worked out again from the files. The last model is another one than the best."""
     lesson, drawn = lessons["05"], []

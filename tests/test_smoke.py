@@ -182,6 +182,7 @@ def test_06_report_is_complete_and_names_its_data(finished):
     assert "Diagnosis: " in finished("06").output
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_06_does_not_train_again_and_evaluates_other_lessons_checkpoints(finished, lessons, tmp_path):
     shutil.copytree(finished("06").artifacts, tmp_path / "artifacts")
     again = run_lesson(lessons["06"], tmp_path)
