@@ -27,6 +27,7 @@ from conftest import (
     folder_of,
     in_background,
     load,
+    no_group_left,
     parser_of,
     run_lesson,
 )
@@ -222,7 +223,8 @@ def test_no_arguments_bring_a_traceback(finished, lessons, tmp_path, monkeypatch
             assume(flag != "--output-dir" or Path(os.path.abspath(value)).is_relative_to(tmp_path))
         argv = [word for flag, value in pairs for word in [flag, value]]
         try:
-            lesson.main(["--output-dir", str(tmp_path), *argv])
+            with no_group_left():
+                lesson.main(["--output-dir", str(tmp_path), *argv])
         except SystemExit as error:
             sentence = (
                 error.code

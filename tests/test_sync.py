@@ -4,6 +4,7 @@ import ast
 import difflib
 import re
 
+import mutants
 import pytest
 import torch
 from conftest import CPU, NUMBERS, PATHS, parser_of
@@ -11,6 +12,7 @@ from torch import nn
 
 # The lesson to which each adds its idea: the one before it, or, from 07 on, the one that its docstring names.
 BASES = {number: f"{int(number) - 1:02d}" for number in NUMBERS[1:]} | {"07": "04", "08": "04", "09": "02"}
+BASES |= {"10": "06", "11": "04", "12": "03"}
 PAIRS = [(earlier, later) for later, earlier in BASES.items()]
 SOURCES = {number: path.read_text(encoding="utf-8") for number, path in PATHS.items()}
 DIVIDER = "\n# The lesson ends here. Below: "
@@ -38,6 +40,17 @@ TEXT_EXCEPTIONS = {
     ("SimpleCNN", "09"): "can do without BatchNorm",
     ("train_one_epoch", "09"): "measures and clips gradients; nan does not stop it",
     ("train", "09"): "has dangers and clippings",
+    ("HYPERPARAMETERS", "10"): "forgets --group-size",
+    ("train_one_epoch", "10"): "augments nothing: it is lesson 04's",
+    ("train", "10"): "augments nothing; trains on the old classes",
+    ("CHECKPOINT", "11"): "has class_to_idx",
+    ("HYPERPARAMETERS", "11"): "remembers the pictures instead of --schedulers",
+    ("train", "11"): "reads files; saves class_to_idx",
+    ("train_one_epoch", "12"): "sums over the processes",
+    ("evaluate", "12"): "sums over the processes",
+    ("report_epoch", "12"): "images a second instead of a rate that never changes",
+    ("train", "12"): "shares the images between the processes; one of them writes",
+    ("resume_hint", "12"): "names torchrun",
 }
 
 # What differs inside train(), whose other lines are those of the lesson before: words of the lines that change.
@@ -61,6 +74,10 @@ DROPPED_FLAGS = {
     ("--resume", "06"): "lesson 06 is about evaluation and keeps its training short",
     ("--schedulers", "07"): "comparing schedules is the point of lesson 04",
     ("--schedulers", "08"): "comparing schedules is the point of lesson 04",
+    ("--checkpoint", "10"): "evaluating other lessons' models is the point of lesson 06",
+    ("--group-size", "10"): "augments nothing",
+    ("--schedulers", "11"): "comparing schedules is the point of lesson 04",
+    ("--predict", "12"): "predicting a picture is the point of lesson 03",
 }
 DEFAULT_EXCEPTIONS = {
     ("--epochs", "02"): "long enough to overfit",
@@ -74,11 +91,19 @@ DEFAULT_EXCEPTIONS = {
     ("--epochs", "09"): "21 short trainings",
     ("--subset", "09"): "21 short trainings",
     ("--lr", "09"): "high enough for trouble",
+    ("--epochs", "10"): "five classes, not augmented, are learned sooner",
+    ("--lr", "10"): "that of the lessons without augmentation",
+    ("--epochs", "11"): "few pictures",
 }
-HELP_EXCEPTIONS = {("--resume", "04"): "the folder of a run, since each arm has its own checkpoints"}
+HELP_EXCEPTIONS = {
+    ("--resume", "04"): "the folder of a run, since each arm has its own checkpoints",
+    ("--batch-size", "12"): "of all processes",
+    ("--device", "12"): "a GPU for each process",
+}
 
 # Lines that the later lesson may add to the one before and remove from it.
 DIFF_BUDGET = {"02": (143, 38), "03": (181, 56), "04": (125, 82), "05": (161, 98), "06": (235, 205)}
+DIFF_BUDGET |= {"10": (235, 240), "11": (285, 117), "12": (177, 107)}
 DIFF_BUDGET |= {"07": (200, 142), "08": (127, 110), "09": (152, 91)}
 
 # How long a lesson may be, blank lines and docstring included: as a whole, and above the dividing comment.
@@ -92,6 +117,9 @@ LENGTHS = {
     "07": (557, 391),
     "08": (513, 360),
     "09": (392, 271),
+    "10": (591, 463),
+    "11": (670, 481),
+    "12": (523, 369),
 }
 
 
@@ -152,6 +180,7 @@ def test_a_reader_who_stops_at_the_divider_has_read_the_lesson(number):
     first = first[1:] if number == "09" else first  # there, nan is no reason to stop
     assert plumbing[: len(first)] == first and plumbing.count("parse_args") == 1
     shared = {"split_train_val", "new_run_dirs", "find_newest", "resume_hint", "describe_processor"}
+    shared |= {"make_pictures"}
     assert set(plumbing[len(first) :]) - {"parse_args"} <= shared
 
 
@@ -255,3 +284,11 @@ def test_a_lesson_imports_nothing_of_this_repository(number):
         node.module for node in ast.walk(ast.parse(SOURCES[number])) if isinstance(node, ast.ImportFrom)
     }
     assert not any(module is None or module.startswith(("src", "tests", "experiments")) for module in modules)
+
+
+def test_every_mistake_of_mutants_py_can_still_be_made():
+    """The texts that it replaces are those of today, in every lesson that it names."""
+    for mistake, (chosen, file, *edits) in mutants.MUTANTS.items():
+        numbers = chosen if isinstance(chosen, list) else [f"0{digit}" for digit in chosen]
+        assert file in mutants.FILES
+        assert all(text in SOURCES[number] for number in numbers for text in edits[::2]), mistake

@@ -27,7 +27,8 @@ from tqdm import tqdm
 RESULTS = ROOT / "docs" / "results.json"
 # How many seeds of each lesson; lesson 03 trains exactly as lesson 02
 SEEDS = {"01": 1, "02": 3, "03": 1, "04": 3, "05": 3, "06": 3, "07": 3, "08": 3, "09": 3}
-WITH_ARMS = ["04", "05", "07", "09"]
+SEEDS |= {"10": 3, "11": 3, "12": 3}
+WITH_ARMS = ["04", "05", "07", "09", "10", "11"]
 
 
 def collect(number, folder):
@@ -64,6 +65,15 @@ def collect(number, folder):
         arms[""]["top_3_accuracy"] = 100 * report["top_k"]["3"]
         arms[""]["mean_confidence"] = 100 * report["mean_confidence"]
         arms[""]["calibration_error"] = 100 * report["expected_calibration_error"]
+    if number == "10":  # an arm's accuracies, by the number of labelled images of a class, are in its report
+        report = json.loads((folder / "artifacts" / "transfer_learning.json").read_text(encoding="utf-8"))
+        for arm, rows in report["accuracies"].items():
+            for count, draws in rows.items():
+                mean = sum(draws) / len(draws)
+                arms[f"{arm}_{count}"] = {"val_accuracy": mean, "draws": draws}
+    if number == "11":
+        for arm, accuracy in re.findall(r"^  (\w+) +[\d.]+ % +([\d.]+) %$", output, flags=re.MULTILINE):
+            arms[arm]["test_accuracy"] = float(accuracy)
     return arms
 
 

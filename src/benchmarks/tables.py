@@ -2,8 +2,8 @@
 
     python src/benchmarks/tables.py
 
-The figures come from docs/results.json (results.py), docs/throughput.json (throughput.py) and
-docs/group_size.json (group_size.py). A table stands between <!-- table: NAME --> and <!-- end of table -->;
+The figures come from docs/results.json (results.py), docs/throughput.json (throughput.py),
+docs/group_size.json (group_size.py) and docs/processes.json (processes.py). A table stands between <!-- table: NAME --> and <!-- end of table -->;
 of the table of lessons only the last two columns are written here.
 """
 
@@ -52,11 +52,20 @@ CHINESE = {
     "BatchNorm, rate x 6": "BatchNorm，学习率 x 6",
     "BatchNorm, images x 255": "BatchNorm，图片 x 255",
     "random images": "随机图片",
+    "arm": "方法",
+    "{} images of a class": "每类 {} 张",
+    "split": "划分方式",
+    "processes": "进程数",
+    "threads in each": "每个进程的线程数",
+    "ratio to the first row": "与第一行之比",
+    "validation": "验证集",
+    "test (new scenes)": "测试集（新场景）",
     "Measured on {machines}; data: {data}.": "测量环境：{machines}；数据：{data}。",
     " Of several seeds: the mean ± the standard deviation.": "有几个种子时：平均值 ± 标准差。",
 }
 
-HEADLINES = {"09": "images_x_255_clipping_norm"}  # lesson 09 is not about the best of its networks
+# The arms that stand for lessons that are not about the best of their networks
+HEADLINES = {"09": "images_x_255_clipping_norm", "10": "new_linear_layers_50", "11": "by_group"}
 DANGERS = ["none", "rate x 4", "images x 255", "images of nan"]
 DANGERS += ["BatchNorm, none", "BatchNorm, rate x 6", "BatchNorm, images x 255"]
 
@@ -85,7 +94,7 @@ def pick(results, number):
 
 def headline(entries, say):
     """Return the accuracy that stands for a lesson, as text: its best arm's, or that of HEADLINES."""
-    split = {"01": "train", "06": "test"}.get(entries[0]["lesson"], "val")
+    split = {"01": "train", "06": "test", "11": "test"}.get(entries[0]["lesson"], "val")
     key = f"{split}_accuracy"
     by_arm = {arm: [entry["arms"][arm][key] for entry in entries] for arm in entries[0]["arms"]}
     best = HEADLINES.get(entries[0]["lesson"]) or max(by_arm, key=lambda arm: statistics.mean(by_arm[arm]))
@@ -104,13 +113,13 @@ def duration(entries, say):
 
 
 def fill_lessons(text, results, say):
-    """Write time and accuracy into the table of lessons: the last two columns of rows that begin with 0N_."""
+    """Write time and accuracy into the table of lessons: the last two columns of rows that begin with NN_."""
 
     def fill(row):
         entries = pick(results, row["number"])
         return f"{row['rest']}| {duration(entries, say)} | {headline(entries, say)} |" if entries else row[0]
 
-    row = r"^(?P<rest>\| `?\[?`?(?P<number>0\d)_.*?)\|[^|\n]*\|[^|\n]*\|$"
+    row = r"^(?P<rest>\| `?\[?`?(?P<number>\d\d)_.*?)\|[^|\n]*\|[^|\n]*\|$"
     return re.sub(row, fill, text, flags=re.MULTILINE)
 
 
@@ -170,6 +179,46 @@ def clipping_table(results, say):
     return table([say(word) for word in ["danger", "no clipping", "norm clipped", "values clipped"]], rows)
 
 
+def transfer_table(results, say):
+    """Return the table of lesson 10: validation accuracy in percent by arm and number of images, over all draws."""
+    entries = pick(results, "10")
+    if not entries:
+        return "..."  # not measured yet
+    cells = {}
+    for run in list(entries[0]["arms"])[1:]:  # the first is the training on the old classes
+        arm, count = run.rsplit("_", 1)
+        draws = [accuracy for entry in entries for accuracy in entry["arms"][run]["draws"]]
+        cells.setdefault(arm, {})[count] = mean_and_spread(draws, 1)
+    rows = [[f"`{arm}`", *row.values()] for arm, row in cells.items()]
+    counts = [say("{} images of a class").format(count) for count in next(iter(cells.values()))]
+    return table([say("arm"), *counts], rows)
+
+
+def splits_table(results, say):
+    """Return the table of lesson 11: what validation promises and new scenes get, in percent, over the seeds."""
+    entries = pick(results, "11")
+    if not entries:
+        return "..."  # not measured yet
+    rows = []
+    for split in entries[0]["arms"]:
+        columns = [
+            [entry["arms"][split][key] for entry in entries] for key in ["val_accuracy", "test_accuracy"]
+        ]
+        rows.append([f"`{split}`", *(mean_and_spread(column, 1) for column in columns)])
+    return table([say(word) for word in ["split", "validation", "test (new scenes)"]], rows)
+
+
+def processes_table(report, say):
+    """Return the table of images per second by number of processes, and of the ratio to one process."""
+    rows = []
+    for way, figures in report["images_per_second"].items():
+        processes, threads = way.split(" x ")
+        rate = f"{figures['median']:,.0f} ({figures['min']:,.0f} - {figures['max']:,.0f})"
+        rows.append([processes, threads, rate, f"{report['ratio'][way]['median']:.2f}"])
+    words = ["processes", "threads in each", "images per second", "ratio to the first row"]
+    return table([say(word) for word in words], rows)
+
+
 def throughput_table(report, say):
     """Return the table of images per second, and of what share of the arithmetic limit that is."""
     rows = []
@@ -212,9 +261,9 @@ def measured_on(machines, data, say):
 def fill(text, language):
     """Return the text of a guide with all its tables written anew."""
     say = words(language)
-    results, throughput, group_size = (
+    results, throughput, group_size, processes = (
         json.loads((ROOT / "docs" / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ["results", "throughput", "group_size"]
+        for name in ["results", "throughput", "group_size", "processes"]
     )
     tables = {
         "lessons": lambda old: fill_lessons(old, results, say),
@@ -231,6 +280,10 @@ def fill(text, language):
         "augmentation": lambda old: arms_table(results, "05", say),
         "precisions": lambda old: arms_table(results, "07", say),
         "clipping": lambda old: clipping_table(results, say),
+        "transfer": lambda old: transfer_table(results, say),
+        "splits": lambda old: splits_table(results, say),
+        "processes": lambda old: processes_table(processes, say),
+        "processes machine": lambda old: measured_on([processes["machine"]], processes["data"], say),
         "throughput": lambda old: throughput_table(throughput, say),
         "ratios": lambda old: ratios_table(throughput, say),
         "throughput machine": lambda old: measured_on([throughput["machine"]], say(throughput["data"]), say),

@@ -1,0 +1,89 @@
+"""Measure what processes are worth against threads: images per second of lesson 12, in turn.
+
+    python src/benchmarks/processes.py --json docs/processes.json    # about five minutes on 2 CPU cores
+
+On as many cores as there are processes: one process with a thread on every core, then as many processes with
+one thread each, then one process with one thread, round by round. The rate is that of the second epoch, since
+in the first one everything is new.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import LESSONS, ROOT, describe_machine, in_words, machine_in_words, spread
+from tqdm import tqdm
+
+LESSON = next(LESSONS.glob("12_*.py"))
+
+
+def train(processes, threads, args):
+    """Train for two epochs in that many processes. Returns the second epoch's images per second."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else [])]
+    command += [str(args.launcher)] if args.launcher else []
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--epochs", "2", "--subset", str(args.subset), "--data", args.data, "--device", "cpu"]
+        flags += ["--output-dir", folder, "--data-dir", str(args.data_dir)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        process = subprocess.run(
+            [*command, str(LESSON), *flags], env=environment, capture_output=True, text=True
+        )
+        if process.returncode != 0:
+            sys.exit(f"Lesson 12 in {processes} processes failed: {process.stderr}")
+        [path] = Path(folder).rglob("latest_checkpoint.pth")
+        return torch.load(path, weights_only=True)["history"][1]["ImagesPerSecond"]
+
+
+def build_parser():
+    """Return the parser of this command line."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--processes", type=int, default=2, help="processes, and threads of the one that stands against them")
+    add("--rounds", type=int, default=5, help="how often each way is measured")
+    add("--subset", type=int, default=10_000, help="as in lesson 12")
+    add("--data", default="cifar10", help="as in lesson 12")
+    add("--data-dir", type=Path, default=ROOT / "data", help="as in lesson 12")
+    add("--data-name", default="CIFAR-10", help="what the tables call the data")
+    add("--launcher", type=Path, help="a Python script that runs the lesson and the flags given to it")
+    add("--json", type=Path, metavar="PATH", help="write the figures to this file")
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    ways = [(1, args.processes), (args.processes, 1), (1, 1)]
+    rates = {f"{processes} x {threads}": [] for processes, threads in ways}
+    with tqdm(total=args.rounds * len(ways), unit="training", disable=None) as progress:
+        for _ in range(args.rounds):
+            for (processes, threads), row in zip(ways, rates.values(), strict=True):
+                row.append(train(processes, threads, args))
+                progress.update()
+
+    machine = describe_machine()
+    print(machine_in_words(machine))
+    rates = {way: np.array(row) for way, row in rates.items()}
+    first = rates[f"1 x {args.processes}"]
+    for way, row in rates.items():
+        ratio = in_words(spread(row / first), 2)
+        print(f"  processes x threads: {way} | {in_words(spread(row), 0)} images/s | ratio {ratio}")
+    if args.json:
+        report = {"machine": machine, "data": args.data_name}
+        report["images_per_second"] = {way: spread(row) for way, row in rates.items()}
+        report["ratio"] = {way: spread(row / first) for way, row in rates.items()}
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(str(error))
