@@ -12,11 +12,13 @@ import augmentation_cost
 import common
 import group_size
 import numpy as np
+import processes
 import pytest
 import results
 import tables
 import throughput
 import torch
+from common import load_lesson
 from conftest import PATHS
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
@@ -592,7 +594,7 @@ CLIPPING_RUNS = {
 }
 
 
-@pytest.mark.parametrize("number", ["01", "02", "04", "05", "06", "07", "08", "09"])
+@pytest.mark.parametrize("number", ["01", "02", *[f"{n:02}" for n in range(4, 13)]])
 def test_the_lessons_print_and_write_what_is_collected(lessons, finished, tmp_path, number):
     run = finished(number)
     folder = run_folder(tmp_path / "run", run.output)
@@ -602,6 +604,8 @@ def test_the_lessons_print_and_write_what_is_collected(lessons, finished, tmp_pa
     expected |= {
         "07": ["float32", "bfloat16"],
         "09": [run for runs in CLIPPING_RUNS.values() for run in runs],
+        "10": ["pretraining", *[f"{arm}_10" for arm in lessons["10"].ARMS]],
+        "11": ["by_file", "by_group"],
     }
     assert sorted(arms) == sorted(expected.get(number, [""]))
     for arm, found in arms.items():
@@ -614,9 +618,12 @@ def test_the_lessons_print_and_write_what_is_collected(lessons, finished, tmp_pa
             "07": "  {arm:30} {val_accuracy:5.2f} % in epoch  1",
             "08": "Brought back: epoch {best_epoch} of {epochs}, with {val_accuracy:.2f} % on the validation",
             "09": " {val_accuracy:.2f} %",
+            "10": ", acc {val_accuracy:5.2f} % | lr" if arm == "pretraining" else " {val_accuracy:.1f} +- ",
+            "11": "  {arm:10} {val_accuracy:9.2f} % {test_accuracy:17.2f} %",
+            "12": "Best validation accuracy on digits: {val_accuracy:.2f} % in epoch {best_epoch}.",
         }[number]
         assert line.format(arm=arm, **found) in run.output
-    assert results.can_resume(PATHS[number].stem, folder) == (number in ["04", "05", "07", "08"])
+    assert results.can_resume(PATHS[number].stem, folder) == (number in ["04", "05", "07", "08", "11", "12"])
 
 
 STUB = """
@@ -837,12 +844,62 @@ def test_table_of_group_sizes():
     ]
 
 
+DRAWS = {"pretraining": {"val_accuracy": 82.0}}
+DRAWS |= {"scratch_10": {"draws": [40.0, 50.0]}, "scratch_50": {"draws": [60.0, 60.0]}}
+DRAWS |= {"new_last_layer_10": {"draws": [70.0, 72.0]}, "new_last_layer_50": {"draws": [80.0, 81.0]}}
+
+
+def test_table_of_transfer_has_every_draw_of_every_seed():
+    entries = [{"lesson": "10", "seed": seed, "arms": DRAWS} for seed in [42, 43]]
+    assert cells(tables.transfer_table(entries, tables.words("en"))) == [
+        ["arm", "10 images of a class", "50 images of a class"],
+        ["`scratch`", "45.0 ± 5.8", "60.0 ± 0.0"],  # the deviation of 40, 50, 40, 50
+        ["`new_last_layer`", "71.0 ± 1.2", "80.5 ± 0.6"],
+    ]
+    assert tables.transfer_table(ENTRIES, tables.words("en")) == "...", "not measured yet"
+
+
+def test_table_of_splits_has_promise_and_truth():
+    entries = [
+        {"lesson": "11", "seed": seed, "arms": {"by_file": {"val_accuracy": promise, "test_accuracy": 40.0}}}
+        for seed, promise in [(42, 80.0), (43, 82.0)]
+    ]
+    assert cells(tables.splits_table(entries, tables.words("en"))) == [
+        ["split", "validation", "test (new scenes)"],
+        ["`by_file`", "81.0 ± 1.4", "40.0 ± 0.0"],
+    ]
+    assert tables.splits_table(ENTRIES, tables.words("en")) == "..."
+
+
+PROCESSES = {
+    "machine": MACHINE,
+    "data": "random images",
+    "images_per_second": {
+        "1 x 2": {"median": 2000.0, "min": 1900.0, "max": 2100.0},
+        "2 x 1": {"median": 1500.0, "min": 1400.0, "max": 1600.0},
+    },
+    "ratio": {
+        "1 x 2": {"median": 1.0, "min": 1.0, "max": 1.0},
+        "2 x 1": {"median": 0.75, "min": 0.7, "max": 0.8},
+    },
+}
+
+
+def test_table_of_processes():
+    assert cells(tables.processes_table(PROCESSES, tables.words("en"))) == [
+        ["processes", "threads in each", "images per second", "ratio to the first row"],
+        ["1", "2", "2,000 (1,900 - 2,100)", "1.00"],
+        ["2", "1", "1,500 (1,400 - 1,600)", "0.75"],
+    ]
+
+
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     """Let tables.py find these results, in place of those in docs/."""
     (tmp_path / "docs").mkdir()
     other = {"machine": MACHINE | {"processor": "Slide rule"}, "data": "photos"}
     found = {"results": [*ENTRIES, ENTRIES[0] | other], "throughput": REPORT, "group_size": GROUP_SIZES}
+    found["processes"] = PROCESSES
     for name, content in found.items():
         (tmp_path / "docs" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
@@ -864,6 +921,10 @@ def test_every_table_goes_between_its_own_markers(measured):
         "ratios": tables.ratios_table(report, say),
         "throughput machine": f"Measured on {MACHINE_IN_WORDS}; data: random images.",
         "group size": tables.group_size_table(GROUP_SIZES, say),
+        "transfer": "...",
+        "splits": "...",
+        "processes": tables.processes_table(PROCESSES, say),
+        "processes machine": f"Measured on {MACHINE_IN_WORDS}; data: random images.",
     }
     text = "# A guide\n\n<!-- table: {} -->\n{}\n<!-- end of table -->\nand so on\n"
     old = "| lesson | time |\n| `01_basic_training.py` | old | old |"
@@ -955,3 +1016,52 @@ def test_group_size_runs(tmp_path, capsys):
     group_size.main([*flags, "--json", str(tmp_path / "g.json")])
     [accuracy] = read_json(tmp_path / "g.json")["accuracy"]["64"]
     assert 0 <= accuracy <= 100 and f"mean {accuracy:.2f} %" in capsys.readouterr().out
+
+
+# processes.py
+
+
+def test_processes_are_measured_in_turn_against_the_threads_of_one(monkeypatch, tmp_path, capsys):
+    asked, rates = [], iter([2000, 1500, 1000, 1000, 800, 600, 3000, 2100, 1200])
+    monkeypatch.setattr(
+        processes, "train", lambda count, threads, args: (asked.append((count, threads)), next(rates))[1]
+    )
+    path = tmp_path / "p.json"
+    processes.main(["--rounds", "3", "--json", str(path), "--data-name", "some images"])
+    assert asked == [(1, 2), (2, 1), (1, 1)] * 3
+    output, report = capsys.readouterr().out, json.loads(path.read_text(encoding="utf-8"))
+    assert report["data"] == "some images" and report["machine"]["cores"]
+    assert report["images_per_second"]["2 x 1"] == {"median": 1500, "min": 800, "max": 2100}
+    assert report["ratio"]["2 x 1"] == {"median": 0.75, "min": 0.7, "max": 0.8}, "round by round"
+    assert list(report["ratio"]) == ["1 x 2", "2 x 1", "1 x 1"] and report["ratio"]["1 x 2"]["max"] == 1
+    assert "2 x 1 | 1,500 (800 to 2,100) images/s | ratio 0.75 (0.70 to 0.80)" in output
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_processes_are_those_of_torchrun_and_the_second_epoch_counts(monkeypatch, tmp_path, count):
+    calls = []
+
+    def start(command, env, **_):
+        calls.append((command, env))
+        folder = Path(command[command.index("--output-dir") + 1])
+        history = [{"ImagesPerSecond": 1.0}, {"ImagesPerSecond": 7.0}]
+        torch.save({"history": history}, folder / "latest_checkpoint.pth")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(processes.subprocess, "run", start)
+    args = processes.build_parser().parse_args(
+        ["--launcher", "launch.py", "--data", "digits", "--subset", "9"]
+    )
+    assert processes.train(count, 3, args) == 7.0
+    [(command, environment)] = calls
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert ("--nproc_per_node=2" in command) == ("torch.distributed.run" in command) == (count == 2)
+    at = command.index("launch.py")
+    assert command[at + 1] == str(PATHS["12"])
+    flags = load_lesson("12").parse_args(command[at + 2 :])
+    assert (flags.epochs, flags.subset, flags.data, flags.device.type) == (2, 9, "digits", "cpu")
+    monkeypatch.setattr(
+        processes.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="why")
+    )
+    with pytest.raises(SystemExit, match="Lesson 12 in .* processes failed: why"):
+        processes.train(count, 3, args)

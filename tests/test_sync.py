@@ -103,7 +103,7 @@ HELP_EXCEPTIONS = {
 
 # Lines that the later lesson may add to the one before and remove from it.
 DIFF_BUDGET = {"02": (143, 38), "03": (181, 56), "04": (125, 82), "05": (161, 98), "06": (235, 205)}
-DIFF_BUDGET |= {"10": (235, 240), "11": (285, 117), "12": (177, 107)}
+DIFF_BUDGET |= {"10": (236, 240), "11": (285, 117), "12": (177, 108)}
 DIFF_BUDGET |= {"07": (200, 142), "08": (127, 110), "09": (152, 91)}
 
 # How long a lesson may be, blank lines and docstring included: as a whole, and above the dividing comment.
@@ -117,9 +117,9 @@ LENGTHS = {
     "07": (557, 391),
     "08": (513, 360),
     "09": (392, 271),
-    "10": (591, 463),
+    "10": (592, 464),
     "11": (670, 481),
-    "12": (523, 369),
+    "12": (524, 369),
 }
 
 

@@ -3,8 +3,9 @@
     python src/benchmarks/tables.py
 
 The figures come from docs/results.json (results.py), docs/throughput.json (throughput.py),
-docs/group_size.json (group_size.py) and docs/processes.json (processes.py). A table stands between <!-- table: NAME --> and <!-- end of table -->;
-of the table of lessons only the last two columns are written here.
+docs/group_size.json (group_size.py) and docs/processes.json (processes.py). A table stands between
+<!-- table: NAME --> and <!-- end of table -->; of the table of lessons only the last two columns are written
+here.
 """
 
 import json

