@@ -11,9 +11,9 @@ DistributedDataParallel keeps their weights equal. Without torchrun, the same co
 LESSON is src/experiments/model_train/12_distributed.py. python -m torch.distributed.run is torchrun; with its
 option --max-restarts=3 a run in which a process dies goes on after the last saved epoch.
 
-Expect 75.0 % validation accuracy in one process and @@TWO@@ % in two (mean of seeds 42 to 44, JPEG copy of
-CIFAR-10) after 4 minutes (2 CPU cores): without BatchNorm their weights would be the same up to rounding.
-Process 0 writes what lesson 03 writes, to artifacts/checkpoints/12_distributed/<data>_run_N/ and tensor_board/.
+Expect 75.0 % validation accuracy in one process and @@TWO@@ % in two, after 4 minutes (mean of seeds 42 to 44,
+JPEG copy of CIFAR-10, 2 CPU cores): without BatchNorm their weights would be the same up to rounding. Process
+0 writes what lesson 03 writes, to artifacts/checkpoints/12_distributed/<data>_run_N/ and tensor_board/.
 
 Exercises: 1. Write nn.Identity() for the three BatchNorms: the losses of one and two processes now agree.
 2. Start two with --max-restarts=3 and end one (kill -9): the losses are those of a run left alone.
