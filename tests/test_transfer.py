@@ -179,6 +179,14 @@ def train_new_arm(lesson, name, seed):
     return source, lesson.train_arm(args, name, source.state_dict(), loader, task, seed)
 
 
+def test_the_old_model_is_that_of_its_best_epoch(lesson, tmp_path, monkeypatch):
+    accuracies = iter([30.0, 50.0, 40.0])
+    monkeypatch.setattr(lesson, "evaluate", lambda *_: (1.0, next(accuracies)))
+    args = lesson.parse_args(["--epochs", "3", "--device", "cpu"])
+    lesson.train(args, random_task(), random_task(), list("abc"), tmp_path / "run", tmp_path / "x.pth")
+    assert [row["Accuracy/val"] for row in load(tmp_path / "x.pth")["history"]] == [30.0, 50.0]
+
+
 @pytest.mark.parametrize("name", list(HEADS))
 def test_a_frozen_arm_equals_a_head_on_features_that_are_computed_once(lesson, monkeypatch, name):
     """The same training without the frozen layers in it: a batch's order, momentum and cosine written out here."""
