@@ -614,8 +614,8 @@ MUTANTS = {
     "average no gradients": (
         ["12"],
         "distributed",
-        "        loss.backward()\n",
-        "        with model.no_sync():\n            loss.backward()\n",
+        "    ddp_model = DistributedDataParallel(model)\n",
+        "    ddp_model = DistributedDataParallel(model)\n    ddp_model.require_backward_grad_sync = False\n",
     ),
     "give each process a whole batch": (["12"], "distributed", "args.batch_size // processes", "args.batch_size"),
     "leave each process its BatchNorm statistics": (
