@@ -710,6 +710,11 @@ MUTANTS = {
 }  # fmt: skip
 
 
+def numbers_of(lessons):
+    """Return the lessons of an entry as a list: "01", "02", ..."""
+    return lessons if isinstance(lessons, list) else [f"0{digit}" for digit in lessons]
+
+
 def mutate(folder, lessons, edits):
     """Make the edits, pairs of a text and its replacement, in these lessons of a copy. Returns those that had them."""
     changed = []
@@ -730,7 +735,7 @@ def run(name, first, all_tests):
     Returns the lessons that have the mistake, and the tests that failed.
     """
     lessons, named, *texts = MUTANTS[name]
-    lessons = lessons if isinstance(lessons, list) else [f"0{digit}" for digit in lessons]
+    lessons = numbers_of(lessons)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for part in ["src", "tests", "artifacts", "tensor_board"]:

@@ -18,7 +18,6 @@ import results
 import tables
 import throughput
 import torch
-from common import load_lesson
 from conftest import PATHS
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
@@ -1038,7 +1037,7 @@ def test_processes_are_measured_in_turn_against_the_threads_of_one(monkeypatch, 
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_processes_are_those_of_torchrun_and_the_second_epoch_counts(monkeypatch, tmp_path, count):
+def test_processes_are_those_of_torchrun_and_the_second_epoch_counts(lessons, monkeypatch, tmp_path, count):
     calls = []
 
     def start(command, env, **_):
@@ -1058,7 +1057,7 @@ def test_processes_are_those_of_torchrun_and_the_second_epoch_counts(monkeypatch
     assert ("--nproc_per_node=2" in command) == ("torch.distributed.run" in command) == (count == 2)
     at = command.index("launch.py")
     assert command[at + 1] == str(PATHS["12"])
-    flags = load_lesson("12").parse_args(command[at + 2 :])
+    flags = lessons["12"].parse_args(command[at + 2 :])
     assert (flags.epochs, flags.subset, flags.data, flags.device.type) == (2, 9, "digits", "cpu")
     monkeypatch.setattr(
         processes.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="why")

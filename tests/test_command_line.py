@@ -12,7 +12,8 @@ import torch
 from conftest import NUMBERS, PATHS, QUICK, ROOT, TINY, UNIX, in_background, no_group_left, run_lesson
 
 # What Python and its libraries will not do for ever; a warning from a lesson's own line is an error here.
-STRICT = ["-W", "error::FutureWarning:__main__", "-W", "error::DeprecationWarning:__main__"]
+CHANGES = [FutureWarning, DeprecationWarning]
+STRICT = [f"-Werror::{category.__name__}:__main__" for category in CHANGES]
 
 
 @in_background
@@ -25,16 +26,7 @@ def processes(folder):
     ended = {}
     for number in ["01", "06"]:
         (folder / number).mkdir()
-        command = [
-            sys.executable,
-            *STRICT,
-            str(PATHS[number]),
-            *QUICK,
-            "--subset",
-            "32",
-            "--output-dir",
-            "here",
-        ]
+        command = [sys.executable, *STRICT, str(PATHS[number]), *QUICK, *TINY[number], "--output-dir", "here"]
         ended[number] = subprocess.run(
             command, cwd=folder / number, env=os.environ | environment, capture_output=True, text=True
         )
@@ -58,7 +50,7 @@ def test_they_run_as_scripts_from_another_folder(tmp_path, monkeypatch, capsys, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lesson.py", *QUICK, *TINY[number], "--output-dir", "here"])
     with warnings.catch_warnings():
-        for category in [FutureWarning, DeprecationWarning]:
+        for category in CHANGES:
             warnings.filterwarnings("error", category=category, module="__main__")
         runpy.run_path(str(PATHS[number]), run_name="__main__")
     output, errors = capsys.readouterr()
@@ -172,9 +164,8 @@ def test_unusable_folders_are_noticed_before_training(lessons, tmp_path, number,
             )
 
 
-@pytest.mark.parametrize(
-    "number", [number for number in NUMBERS if number != "10"]
-)  # it refuses: test_transfer.py
+# Lesson 10 refuses: see test_transfer.py.
+@pytest.mark.parametrize("number", [number for number in NUMBERS if number != "10"])
 def test_very_small_runs_work(lessons, tmp_path, number):
     run_lesson(lessons[number], tmp_path, "--subset", 1, "--batch-size", 1)
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from common import load_lesson, read_scalars
+from common import read_scalars
 from conftest import CPU, PATHS, UNIX, assert_same_state, folder_of, in_background, load, run_lesson
 from torch import nn
 
@@ -121,8 +121,8 @@ def finish(*started):
 
 
 @pytest.fixture(scope="module")
-def lesson():
-    return load_lesson("12")
+def lesson(lessons):
+    return lessons["12"]
 
 
 @in_background
@@ -167,12 +167,6 @@ def epochs_of(killed, run=0):
     for (rank, _), log in sorted(killed.logs.items()):
         seen[rank] += [epoch for epoch in log["epochs"] if epoch["run"] == run]
     return list(zip(seen[0], seen[1], strict=True))
-
-
-def without_clock(checkpoint):
-    for row in checkpoint["history"]:
-        del row["Seconds"], row["ImagesPerSecond"]
-    return checkpoint
 
 
 # Two processes
@@ -285,8 +279,8 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(lesson, killed
     assert "2 of 4 epochs are done." in killed.result.out
     [written] = machines.written
     for name in ["latest_checkpoint.pth", "best_model.pth"]:
-        one = without_clock(load(folder_of(lesson, killed.first) / name))
-        assert_same_state(one, without_clock(load(folder_of(lesson, written) / name)))
+        one = load(folder_of(lesson, killed.first) / name)
+        assert_same_state(one, load(folder_of(lesson, written) / name))
     assert len(load(folder_of(lesson, killed.first) / "latest_checkpoint.pth")["history"]) == 4
     assert list(folder_of(lesson, killed.first).parent.iterdir()) == [folder_of(lesson, killed.first)]
 
@@ -394,7 +388,7 @@ def test_resume_goes_on_exactly(lesson, tmp_path):
     run_lesson(lesson, parts, *RUN, "--epochs", 2)
     run_lesson(lesson, parts, "--data", "digits", "--epochs", 4, "--subset", IMAGES, "--resume")
     for name in ["latest_checkpoint.pth", "best_model.pth"]:
-        one, other = (without_clock(load(folder_of(lesson, folder) / name)) for folder in [whole, parts])
+        one, other = (load(folder_of(lesson, folder) / name) for folder in [whole, parts])
         assert_same_state(one, other)
 
 

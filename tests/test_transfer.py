@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from common import load_lesson, read_scalars
+from common import read_scalars
 from conftest import CPU, folder_of, load, run_lesson
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -26,10 +26,8 @@ NEW = (
 
 
 @pytest.fixture(scope="module")
-def lesson():
-    module = load_lesson("10")
-    module.ARM_EPOCHS = 2  # what the tests ask needs no good networks
-    return module
+def lesson(lessons):
+    return lessons["10"]
 
 
 @pytest.fixture(scope="module")

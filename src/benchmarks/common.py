@@ -18,7 +18,7 @@ LESSONS = ROOT / "src" / "experiments" / "model_train"
 
 
 def load_lesson(number):
-    """Import a lesson, "01" to "06", from its file; its name begins with a digit, so `import` cannot."""
+    """Import a lesson, "01" to "12", from its file; its name begins with a digit, so `import` cannot."""
     path = next(LESSONS.glob(f"{number}_*.py"))
     spec = importlib.util.spec_from_file_location(f"lesson_{number}", path)
     lesson = importlib.util.module_from_spec(spec)

@@ -66,17 +66,16 @@ def main(argv=None):
                 row.append(train(processes, threads, args))
                 progress.update()
 
-    machine = describe_machine()
-    print(machine_in_words(machine))
     rates = {way: np.array(row) for way, row in rates.items()}
     first = rates[f"1 x {args.processes}"]
-    for way, row in rates.items():
-        ratio = in_words(spread(row / first), 2)
-        print(f"  processes x threads: {way} | {in_words(spread(row), 0)} images/s | ratio {ratio}")
+    report = {"machine": describe_machine(), "data": args.data_name}
+    report["images_per_second"] = {way: spread(row) for way, row in rates.items()}
+    report["ratio"] = {way: spread(row / first) for way, row in rates.items()}
+    print(machine_in_words(report["machine"]))
+    for way, rate in report["images_per_second"].items():
+        ratio = in_words(report["ratio"][way], 2)
+        print(f"  processes x threads: {way} | {in_words(rate, 0)} images/s | ratio {ratio}")
     if args.json:
-        report = {"machine": machine, "data": args.data_name}
-        report["images_per_second"] = {way: spread(row) for way, row in rates.items()}
-        report["ratio"] = {way: spread(row / first) for way, row in rates.items()}
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

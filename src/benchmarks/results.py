@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 RESULTS = ROOT / "docs" / "results.json"
 # How many seeds of each lesson; lesson 03 trains exactly as lesson 02
-SEEDS = {"01": 1, "02": 3, "03": 1, "04": 3, "05": 3, "06": 3, "07": 3, "08": 3, "09": 3}
-SEEDS |= {"10": 3, "11": 3, "12": 3}
+SEEDS = {f"{number:02}": 3 for number in range(1, 13)} | {"01": 1, "03": 1}
 WITH_ARMS = ["04", "05", "07", "09", "10", "11"]
 
 

@@ -82,6 +82,11 @@ def mean_and_spread(values, digits=2):
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
+def median_and_range(figures, digits=0):
+    """Return what spread() in common.py returned, as text."""
+    return f"{figures['median']:,.{digits}f} ({figures['min']:,.{digits}f} - {figures['max']:,.{digits}f})"
+
+
 def table(header, rows):
     """Return a Markdown table; header and rows hold texts."""
     lines = ["| " + " | ".join(cells) + " |" for cells in [header, *rows]]
@@ -213,9 +218,8 @@ def processes_table(report, say):
     """Return the table of images per second by number of processes, and of the ratio to one process."""
     rows = []
     for way, figures in report["images_per_second"].items():
-        processes, threads = way.split(" x ")
-        rate = f"{figures['median']:,.0f} ({figures['min']:,.0f} - {figures['max']:,.0f})"
-        rows.append([processes, threads, rate, f"{report['ratio'][way]['median']:.2f}"])
+        ratio = f"{report['ratio'][way]['median']:.2f}"
+        rows.append([*way.split(" x "), median_and_range(figures), ratio])
     words = ["processes", "threads in each", "images per second", "ratio to the first row"]
     return table([say(word) for word in words], rows)
 
@@ -224,8 +228,9 @@ def throughput_table(report, say):
     """Return the table of images per second, and of what share of the arithmetic limit that is."""
     rows = []
     for name, figures in report["images_per_second"].items():
-        rate = f"{figures['median']:,.0f} ({figures['min']:,.0f} - {figures['max']:,.0f})"
-        rows.append([name, rate, f"{report['share_of_arithmetic_limit'][name]['median']:.2f}"])
+        rows.append(
+            [name, median_and_range(figures), f"{report['share_of_arithmetic_limit'][name]['median']:.2f}"]
+        )
     return table(["", say("images per second"), say("share of the arithmetic limit")], rows)
 
 
@@ -236,10 +241,7 @@ def ratios_table(report, say):
     for size in others:
         name = f"time for an image: of {int(size):,} / of {int(first):,}"
         ratios[name] = report["time_per_image_by_size"][size]
-    rows = [
-        [name, f"{figures['median']:.2f} ({figures['min']:.2f} - {figures['max']:.2f})"]
-        for name, figures in ratios.items()
-    ]
+    rows = [[name, median_and_range(figures, 2)] for name, figures in ratios.items()]
     return table([say("ratio"), say("median (least to greatest)")], rows)
 
 

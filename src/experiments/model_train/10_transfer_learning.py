@@ -1,6 +1,6 @@
 """Lesson 10: with few labelled images, begin with what a network has learned from other images.
 
-New since lesson 09: weights taken over from another task, layers that are frozen, a learning rate for each
+New since lesson 06: weights taken over from another task, layers that are frozen, a learning rate for each
 part of the network, and networks that have seen ImageNet's 1.2 million photographs.
 
     python src/experiments/model_train/10_transfer_learning.py                      # the whole lesson

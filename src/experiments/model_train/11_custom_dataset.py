@@ -1,6 +1,6 @@
 """Lesson 11: train on a folder of your own pictures, split so that validation tells the truth.
 
-New since lesson 10: a Dataset that reads files, a table of what is in the folder, and a split by group, with
+New since lesson 04: a Dataset that reads files, a table of what is in the folder, and a split by group, with
 all pictures of a scene on one side. Beside it the usual split by file, where validation meets known scenes.
 
     python src/experiments/model_train/11_custom_dataset.py                           # the whole lesson
@@ -42,7 +42,7 @@ from zipfile import ZipFile
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -177,7 +177,7 @@ def load_checkpoint(path, parts=None, generators=()):
 def read_picture(path):
     """Open a picture file upright, in red, green and blue, on white. Raises OSError with a reason if not."""
     try:
-        with Image.open(path) as file:  # closed at the end: no system lets a program open 10,000 files
+        with Image.open(path) as file:  # closed at the end: only so many files may be open at a time
             file.draft(None, (64, 64))  # decode a large JPEG at 1/2, 1/4 or 1/8 of its size: that is quicker
             picture = ImageOps.exif_transpose(file)  # upright, as cameras note in the file
         if picture.mode.startswith("I;16"):  # 0 to 65,535: convert() would cut them off at 255
@@ -246,7 +246,9 @@ def look_through(folder, class_to_idx=None):
         found[content] = name
         with Image.open(folder / name) as file:
             sizes[name.split("/")[0]].append(file.size)
-            kinds.update([file.format, file.mode] + ["turned by EXIF"] * (file.getexif().get(0x0112, 1) > 1))
+            kinds.update([file.format, file.mode])
+            if file.getexif().get(ExifTags.Base.Orientation, 1) > 1:  # 1 is upright
+                kinds["turned by EXIF"] += 1
     print(f"{folder}: {', '.join(f'{count:,} {kind}' for kind, count in sorted(kinds.items()))}")
     print("  class           pictures  left out     smallest      largest")
     for name in classes:
@@ -262,9 +264,7 @@ def find_groups(pictures):
     """Return the group of every picture, its name without "_" or "-" and number: cat/7 of cat/7_1.jpg."""
     counts = [pictures.labels.count(label) for label in pictures.class_to_idx.values()]
     if len(counts) < 2 or min(counts) < 5:
-        sys.exit(
-            "To divide them for training, validation and test takes two classes with five pictures each."
-        )
+        sys.exit("The split in three takes two classes with five pictures each.")
     groups = [re.sub(r"[_-]\d+$", "", os.path.splitext(name)[0]) for name in pictures.names]
     if min(Counter(group.split("/")[0] for group in set(groups)).values()) < 5:
         print("The names show no groups, but running numbers at most: every picture counts as a group.")
@@ -578,8 +578,8 @@ def make_pictures(args):
                 picture = ImageEnhance.Brightness(picture).enhance(chance.uniform(0.7, 1.3))
                 kind, suffix = chance.choice(kinds).split(".")
                 exif = Image.Exif()
-                if kind == "turned":  # tag 0x0112 says how to hold the picture
-                    exif[0x0112], turn = chance.choice([(3, 180), (6, 90), (8, 270)])
+                if kind == "turned":
+                    exif[ExifTags.Base.Orientation], turn = chance.choice([(3, 180), (6, 90), (8, 270)])
                     picture = picture.rotate(turn, expand=True)
                 elif kind == "grey":
                     picture = picture.convert("L")
