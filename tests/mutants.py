@@ -319,7 +319,7 @@ MUTANTS = {
     ),
     "scheduler once a batch": ("4", "schedules", "                scheduler.step()\n", "                [scheduler.step() for _ in train_loader]\n"),
     "plateau on the training loss": ("4", "schedules", "scheduler.step(val_loss)", "scheduler.step(loss)"),
-    "plateau without patience": ("4", "schedules", "factor=0.2, patience=1", "factor=0.2, patience=0"),
+    "plateau with patience": ("4", "schedules", "factor=0.2, patience=0", "factor=0.2, patience=1"),
     "cosine too long": ("456", "schedules", "T_max=", "T_max=1 + "),
     "thirds rounded down": ("4", "schedules", "math.ceil(epochs / 3)", "max(1, epochs // 3)"),
     "milestones rounded down": ("4", "schedules", "[math.ceil(epochs / 2), math.ceil(epochs * 3 / 4)]", "[epochs // 2, epochs * 3 // 4]"),

@@ -14,9 +14,11 @@ import group_size
 import numpy as np
 import processes
 import pytest
+import recipes
 import results
 import tables
 import throughput
+import time_to_accuracy
 import torch
 from conftest import PATHS
 from matplotlib.colors import to_rgba
@@ -789,7 +791,7 @@ def test_table_of_runs():
 
 def test_table_of_arms_calls_a_difference_inside_its_spread_a_tie():
     assert cells(tables.arms_table(ENTRIES, "04", tables.words("en"))) == [
-        ["network", "validation accuracy", "gap", "behind the first"],
+        ["schedule", "validation accuracy", "gap", "behind the first"],
         ["`steady`", "80.00 ± 0.00", "9.0 ± 0.0", ""],
         ["`tie`", "79.83 ± 1.44", "4.0 ± 2.0", "0.17 ± 1.44 (a tie)"],  # behind by 1, -1.5 and 1
         ["`worse`", "71.00 ± 1.00", "1.0 ± 0.0", "9.00 ± 1.00"],
@@ -815,13 +817,15 @@ def test_table_of_lessons_gets_time_and_accuracy_in_both_languages():
     assert filled == f"{first}\n{other}", "lesson 03 has not been measured"
     assert tables.fill_lessons(filled, ENTRIES, tables.words("en")) == filled
     assert "| 74 秒 | 75.0 ± 1.0%（验证图片） |" in tables.fill_lessons(row, ENTRIES, tables.words("zh"))
+    linked = "| [02 with validation](02_with_validation.md) | a question | - | - |"
+    assert "| a question | 74 s | 75.0" in tables.fill_lessons(linked, ENTRIES, tables.words("en"))
 
 
 def test_tables_of_throughput():
     report = json.loads(json.dumps(REPORT))  # from a file, in which all keys are texts
     assert cells(tables.throughput_table(report, tables.words("en"))) == [
         ["", "images per second", "share of the arithmetic limit"],
-        ["lesson", "2,000 (1,900 - 2,300)", "0.50"],
+        ["this course", "2,000 (1,900 - 2,300)", "0.50"],
         ["ceiling: ready-made batches", "2,500 (2,400 - 2,550)", "0.62"],
         ["usual way", "1,000 (400 - 1,100)", "0.25"],
     ]
@@ -884,6 +888,48 @@ PROCESSES = {
 }
 
 
+TIMES = {
+    "machine": MACHINE,
+    "data": "JPEG copy of CIFAR-10",
+    "goal": 75.0,
+    "ways": {
+        "lesson": {
+            "minutes": [1.0, 3.0, 2.0],
+            "epochs": [4, 5, 4],
+            "time_per_epoch": {"median": 1.0, "min": 1.0, "max": 1.0},
+        },
+        "Keras": {
+            "minutes": [4.0, None, 5.0],
+            "epochs": [5, 6, 6],
+            "time_per_epoch": {"median": 2.0, "min": 1.5, "max": 2.5},
+        },
+    },
+}
+
+
+def test_table_of_times_shows_what_never_got_there():
+    assert cells(tables.time_table(TIMES, tables.words("en"))) == [
+        ["way", "minutes to 75 %", "epochs", "time for an epoch, ratio"],
+        ["this course", "2.0 (1.0, 3.0, 2.0)", "4, 5, 4", "1.00 (1.00 - 1.00)"],
+        ["Keras", "4.5 (4.0, -, 5.0)", "5, 6, 6", "2.00 (1.50 - 2.50)"],
+    ]
+    assert tables.time_table(None, tables.words("en")) == "...", "not measured yet"
+
+
+RECIPES = {"accuracy": {"lesson 05": {"42": 81.0, "43": 82.0}, "no warm-up": {"42": 80.0, "43": 80.5}}}
+RECIPES |= {"machine": MACHINE, "data": "JPEG copy of CIFAR-10"}
+
+
+def test_table_of_recipes_compares_seed_by_seed():
+    assert cells(tables.recipes_table(RECIPES, tables.words("en"))) == [
+        ["way", "validation accuracy", "difference"],
+        ["lesson 05", "81.50 ± 0.71", ""],
+        ["no warm-up", "80.25 ± 0.35", "-1.25 ± 0.35"],
+    ]
+    assert tables.recipes_table(None, tables.words("en")) == "...", "not measured yet"
+    assert set(recipes.WAYS) <= set(tables.CHINESE)
+
+
 def test_table_of_processes():
     assert cells(tables.processes_table(PROCESSES, tables.words("en"))) == [
         ["processes", "threads in each", "images per second", "ratio to the first row"],
@@ -896,9 +942,9 @@ def test_table_of_processes():
 def measured(monkeypatch, tmp_path):
     """Let tables.py find these results, in place of those in docs/."""
     (tmp_path / "docs").mkdir()
-    other = {"machine": MACHINE | {"processor": "Slide rule"}, "data": "photos"}
+    other = {"machine": MACHINE | {"processor": "Slide rule"}, "data": "JPEG copy of CIFAR-10"}
     found = {"results": [*ENTRIES, ENTRIES[0] | other], "throughput": REPORT, "group_size": GROUP_SIZES}
-    found["processes"] = PROCESSES
+    found |= {"processes": PROCESSES, "time_to_accuracy": TIMES, "recipes": RECIPES}
     for name, content in found.items():
         (tmp_path / "docs" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
@@ -912,7 +958,7 @@ def test_every_table_goes_between_its_own_markers(measured):
     expected = {
         "lessons": "| lesson | time |\n| `01_basic_training.py` | - | 86.3 % on training images |",
         "runs": tables.runs_table(measured["results"], say),
-        "runs machine": f"Measured on {MACHINE_IN_WORDS} / {other}; data: random images, photos."
+        "runs machine": f"Measured on {MACHINE_IN_WORDS} / {other}; data: random images, JPEG copy of CIFAR-10."
         " Of several seeds: the mean ± the standard deviation.",
         "schedulers": tables.arms_table(ENTRIES, "04", say),
         "augmentation": "...",
@@ -924,6 +970,16 @@ def test_every_table_goes_between_its_own_markers(measured):
         "splits": "...",
         "processes": tables.processes_table(PROCESSES, say),
         "processes machine": f"Measured on {MACHINE_IN_WORDS}; data: random images.",
+        "recipes": tables.recipes_table(RECIPES, say),
+        "recipes machine": f"Measured on {MACHINE_IN_WORDS}; data: JPEG copy of CIFAR-10.",
+        "time": tables.time_table(TIMES, say),
+        "time machine": f"Measured on {MACHINE_IN_WORDS}; data: JPEG copy of CIFAR-10.",
+        "run 04": tables.runs_table(ENTRIES[3:6], say)
+        + f"\n\nMeasured on {MACHINE_IN_WORDS}; data: random images."
+        " Of several seeds: the mean ± the standard deviation.",
+        "run 05": "...\n\n...",
+        "machine 04": f"Measured on {MACHINE_IN_WORDS}; data: random images."
+        " Of several seeds: the mean ± the standard deviation.",
     }
     text = "# A guide\n\n<!-- table: {} -->\n{}\n<!-- end of table -->\nand so on\n"
     old = "| lesson | time |\n| `01_basic_training.py` | old | old |"
@@ -1064,3 +1120,146 @@ def test_processes_are_those_of_torchrun_and_the_second_epoch_counts(lessons, mo
     )
     with pytest.raises(SystemExit, match="Lesson 12 in .* processes failed: why"):
         processes.train(count, 3, args)
+
+
+# time_to_accuracy.py
+
+
+def test_ways_train_in_turn_until_each_has_reached_the_goal(monkeypatch):
+    clock, calls = [0.0], []
+    accuracies = {"lesson": [60.0, 75.0, 99.0], "slow": [50.0, 70.0, 74.9]}
+
+    def way(name, seconds):
+        def run(epoch, rate):
+            calls.append((name, epoch, rate))
+            clock[0] += seconds
+            return accuracies[name][epoch - 1]
+
+        return run
+
+    monkeypatch.setattr(time_to_accuracy.time, "perf_counter", lambda: clock[0])
+    ways = {"lesson": way("lesson", 30.0), "slow": way("slow", 90.0)}
+    epochs = time_to_accuracy.train_in_turn(ways, [0.3, 0.2, 0.1], 75.0)
+    assert calls == [
+        ("lesson", 1, 0.3),
+        ("slow", 1, 0.3),
+        ("lesson", 2, 0.2),
+        ("slow", 2, 0.2),
+        ("slow", 3, 0.1),
+    ]
+    assert epochs["lesson"] == [(30.0, 60.0), (30.0, 75.0)] and len(epochs["slow"]) == 3
+    figures = time_to_accuracy.summarize({42: epochs, 43: epochs}, 75.0)
+    assert figures["lesson"]["minutes"] == [1.0, 1.0] and figures["slow"]["minutes"] == [None, None]
+    assert figures["slow"]["epochs"] == [3, 3] and figures["slow"]["accuracy"] == [74.9, 74.9]
+    assert figures["slow"]["time_per_epoch"] == {"median": 3.0, "min": 3.0, "max": 3.0}
+    assert figures["slow"]["seconds_per_epoch"]["median"] == 90.0
+
+
+def test_the_rates_are_those_of_lesson_04(lessons):
+    args = SimpleNamespace(schedule="StepLR", epochs=6, lr=0.5)
+    rates = time_to_accuracy.learning_rates(lessons["04"], args)
+    assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
+
+
+@pytest.mark.parametrize("way", ["lesson_way", "usual_way"])
+def test_both_ways_learn_at_the_rate_they_are_given(lessons, way):
+    lesson = lessons["04"]
+    args = SimpleNamespace(seed=42, lr=0.05, batch_size=32)
+    images, labels, *_ = lesson.load_data("digits", None, train=True)
+    splits = lesson.split_train_val(images, labels, 42, 400)
+    run = getattr(time_to_accuracy, way)(lesson, args, *splits)
+    assert run(1, 0.0) < 40, "a rate of 0 learns nothing"
+    assert max(run(epoch, 0.05) for epoch in [2, 3]) > 50
+
+
+def test_time_to_accuracy_runs(monkeypatch, tmp_path, capsys):
+    find_spec = time_to_accuracy.importlib.util.find_spec
+    monkeypatch.setattr(
+        time_to_accuracy.importlib.util,
+        "find_spec",
+        lambda name: None if name == "keras" else find_spec(name),
+    )
+    path = tmp_path / "times.json"
+    flags = ["--data", "digits", "--subset", "200", "--epochs", "2", "--seeds", "1", "2", "--goal", "10"]
+    time_to_accuracy.main([*flags, "--data-name", "digits", "--json", str(path)])
+    printed, report = capsys.readouterr().out, read_json(path)
+    assert "Keras is not installed" in printed and list(report["ways"]) == [
+        "lesson",
+        "usual way, pooling last",
+    ]
+    assert report["goal"] == 10 and report["seeds"] == [1, 2] and report["data"] == "digits"
+    assert "Minutes of training to 10 % validation accuracy, seeds [1, 2]:" in printed
+    for name, figures in report["ways"].items():
+        assert len(figures["minutes"]) == 2 and name in printed
+    with pytest.raises(SystemExit, match="ReduceLROnPlateau is none of Constant, StepLR"):
+        time_to_accuracy.main(["--schedule", "ReduceLROnPlateau"])
+
+
+# recipes.py
+
+
+def test_the_first_recipe_is_the_lessons_own(lessons, monkeypatch):
+    lesson, own = lessons["05"], recipes.OWN | recipes.WAYS["lesson 05"]
+    args = lesson.parse_args(["--device", "cpu"])
+    assert [args.epochs, args.lr, args.batch_size] == [own["epochs"], own["lr"], own["batch_size"]]
+    [crop] = [transform for transform in lesson.AUGMENTATION if isinstance(transform, recipes.v2.RandomCrop)]
+    assert set(crop.padding) == {own["padding"]} and args.group_size == 16
+    assert lesson.AUGMENTATION.index(crop) == 1 and isinstance(
+        lesson.AUGMENTATION[0], recipes.v2.RandomHorizontalFlip
+    )
+
+
+def test_a_recipe_trains_in_the_way_that_its_name_says(monkeypatch, tmp_path, capsys):
+    """By what reaches the lesson's own loop: rates, batches, transforms; and a finished training is not repeated."""
+    seen = []
+    load_lesson = recipes.load_lesson
+
+    def load(number):
+        lesson = load_lesson(number)
+        original = lesson.train_one_epoch
+
+        def spy(model, loader, loss_fn, optimizer, device, epoch, augment):
+            names = [type(transform).__name__ for transform in lesson.AUGMENTATION]
+            images = next(iter(torch.utils.data.DataLoader(loader.dataset, len(loader.dataset))))[0]
+            seen.append((optimizer.param_groups[0]["lr"], loader.batch_size, names, images))
+            return original(model, loader, loss_fn, optimizer, device, epoch, augment)
+
+        lesson.train_one_epoch = spy
+        return lesson
+
+    monkeypatch.setattr(recipes, "load_lesson", load)
+    monkeypatch.setattr(recipes, "OWN", recipes.OWN | {"epochs": 4})
+    path = tmp_path / "recipes.json"
+    flags = [
+        "--data",
+        "digits",
+        "--subset",
+        "64",
+        "--seeds",
+        "1",
+        "--json",
+        str(path),
+        "--data-name",
+        "digits",
+    ]
+    ways = ["lesson 05", "no warm-up", "alternating flips", "batches of 64, half the rate"]
+    recipes.main([*flags, "--ways", *ways])
+    cosine = [(1 + np.cos(np.pi * t / 4)) / 2 for t in range(4)]
+    rates = [rate for rate, *_ in seen]
+    warm = [0.1 / 3 * cosine[0], 0.2 / 3 * cosine[1], 0.1 * cosine[2], 0.1 * cosine[3]]
+    assert rates[:4] == pytest.approx(warm) and rates[4:8] == pytest.approx(
+        [0.1 * factor for factor in cosine]
+    )
+    assert rates[12:] == pytest.approx([rate / 2 for rate in warm])
+    assert [size for _, size, *_ in seen] == [128] * 12 + [64] * 4
+    flips = ["RandomHorizontalFlip" in names for _, _, names, _ in seen]
+    assert flips == [True] * 8 + [False] * 4 + [True] * 4
+    assert all("RandomCrop" in names for _, _, names, _ in seen)
+    odd, even = seen[8][3], seen[9][3]
+    assert torch.equal(odd, even.flip(2)) and not torch.equal(odd, even), "every image, in turn"
+    printed, report = capsys.readouterr().out, read_json(path)
+    assert list(report["accuracy"]) == ways and report["data"] == "digits"
+    for way in ways:
+        assert f"  {way:50} {report['accuracy'][way]['1']:.2f}  (" in printed
+    recipes.main([*flags, "--ways", *ways])
+    assert len(seen) == 16, "what is in the file is not trained again"

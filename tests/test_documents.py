@@ -6,18 +6,29 @@ import shlex
 
 import pytest
 import tables
-from conftest import PATHS, ROOT
+import torch
+from conftest import PATHS, ROOT, TINY
+from PIL import Image
+from test_sync import BASES
 
 LESSONS = list(PATHS.values())
 CPU_FLAGS = ["--device", "cpu"]
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "src").rglob("*.md"), *LESSONS, *(ROOT / "src/benchmarks").glob("*.py")]
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "src").rglob("*.md"),
+        *LESSONS,
+        *(ROOT / "src/benchmarks").glob("*.py"),
+    ]
 )
 GUIDES = [path for path in DOCUMENTS if path.suffix == ".md"]
 CHINESE = [path for path in GUIDES if path.name.endswith(".zh-CN.md")]
-PAGES = [path for path in GUIDES if path.name[:2].isdigit()]  # one for each lesson from 07 on
+PAGES = [path for path in GUIDES if path.name[:2].isdigit()]  # one for each lesson
+HUB = ROOT / "src" / "experiments" / "model_train" / "README.md"
 LESSON_COMMAND = re.compile(
-    r"python[\w.]* +(src[/\\]experiments[/\\]model_train[/\\](\d\d)_\w+\.py)([^\n`|&#]*)"
+    r"python[\w.]* +(?:-m torch\.distributed\.run [^\n`]*?)?"
+    r"(src[/\\]experiments[/\\]model_train[/\\](\d\d)_\w+\.py)([^\n`|&#]*)"
 )
 BENCHMARK_COMMAND = re.compile(r"python[\w.]* +src/benchmarks/(\w+)\.py([^\n`|&#]*)")
 
@@ -134,7 +145,7 @@ def test_both_languages_have_the_same_code_and_figures(chinese):
 @pytest.mark.parametrize("chinese", CHINESE, ids=name)
 def test_chinese_sentences_have_chinese_punctuation(chinese):
     han = "[\u4e00-\u9fff]"
-    prose = re.sub(r"`[^`]*`|\]\([^)]*\)|<[^>]*>", "", without_code(read(chinese)))
+    prose = re.sub(r"`[^`]*`|\]\([^)]*\)|<[^>]*>|\([N\d, ]+\)", "", without_code(read(chinese)))  # (N, 3)
     assert re.findall(rf"{han} ?[,:;?!(].{{,20}}|.{{,20}}[,:;?!)] ?{han}", prose) == []
 
 
@@ -150,18 +161,115 @@ def test_the_key_code_of_a_page_is_the_lessons_own(page):
     if page not in CHINESE:
         form = ["Key code", "What you learn", "Run it", "What it prints", "What it writes", "TensorBoard"]
         form += ["Measured", "Common mistakes", "Exercises"]
-        assert headings[:9] == form and headings[9].startswith("Compare with lesson ")
-    commands = re.findall(r"--output-dir (\S+)", text)
-    assert commands == ["quick"], "the quick look leaves the results of a full run alone"
-    assert PATHS[number].name in text.splitlines()[-2], "the last line is the diff"
+        if number == "01":
+            form.remove("TensorBoard")  # which comes with lesson 02
+        assert headings[:-1] == form and headings[-1].startswith("Compare with lesson ")
+    commands = re.findall(r"--output-dir ([\w/]+)", text)
+    assert set(commands) == {"quick"}, "the quick look leaves the results of a full run alone"
+    one, other = sorted([number, BASES.get(number, "02")])
+    script = "src/experiments/model_train/{}"
+    diff = f"git diff --no-index {script.format(PATHS[one].name)} {script.format(PATHS[other].name)}"
+    assert text.splitlines()[-2] == diff, "the last line compares it with the lesson that it builds on"
+    stem = PATHS[number].stem
+    if number != "01":
+        assert f"\npython -m tensorboard.main --logdir tensor_board/{stem}\n" in text
+        assert f"`quick/tensor_board/{stem}`" in text, "where the curves of the quick look are"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in CHINESE], ids=name)
+def test_the_quick_commands_of_a_page_work_one_after_the_other(
+    lessons, page, monkeypatch, tmp_path, no_pictures, capsys
+):
+    """For somebody who ran nothing else before; here on some digits, and in the folder that they are typed in."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30)).save("cat.jpg")  # "stands for its name"
+    commands = [
+        (number, flags) for _, number, flags in LESSON_COMMAND.findall(read(page)) if "quick" in flags
+    ]
+    assert commands
+    for number, flags in commands:
+        flags = shlex.split(flags.replace("cifar10_run", "digits_run"))
+        if not {"--resume", "--predict", "--checkpoint"} & set(flags):  # those keep what the run before had
+            flags += ["--data", "digits", *TINY[number]]
+        lessons[number].main([*flags, "--device", "cpu"])
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert {path.name for path in tmp_path.iterdir()} == {"cat.jpg", "quick"}, (
+        "and nothing beside that folder"
+    )
+    stem = PATHS[page.name[:2]].stem
+    assert page.name[:2] == "01" or list((tmp_path / "quick" / "tensor_board" / stem).rglob("events.out.*"))
 
 
 def test_every_page_has_a_twin_and_is_linked_from_both_guides():
-    assert {path.name[:2] for path in PAGES} == {number for number in PATHS if number >= "07"}
+    assert {path.name[:2] for path in PAGES} == set(PATHS)
     for page in PAGES:
         guide = page.with_name("README.zh-CN.md" if page in CHINESE else "README.md")
         assert f"]({page.name})" in read(guide)
+        script = PATHS[page.name[:2]].relative_to(ROOT).as_posix()
+        first_page = read(ROOT / guide.name)
+        assert f"]({script})" in first_page and f"]({page.relative_to(ROOT).as_posix()})" in first_page
     assert {english_twin(path) for path in PAGES if path in CHINESE} == set(PAGES) - set(CHINESE)
+
+
+def test_the_hub_is_short_and_its_path_is_that_of_the_lessons():
+    text = read(HUB)
+    assert len(text.splitlines()) <= 300
+    arrows = re.findall(r"^    (\d\d).*? --> (\d\d)\[", text, flags=re.MULTILINE)
+    assert {later: earlier for earlier, later in arrows} == BASES
+    tree = re.search(r"## Where everything is\n+```\n(.*?)```", text, flags=re.DOTALL)[1]
+    for line in tree.splitlines():
+        for path in re.split(r", ", line.split("   ")[0]):
+            written = path.startswith(("data/", "quick/", "artifacts/c"))  # by the lessons
+            assert written or (ROOT / path).exists(), path
+
+
+def test_the_layers_of_lesson_01s_page_are_those_of_the_network(lessons):
+    text = read(HUB.with_name("01_basic_training.md"))
+    rows = re.findall(r"^\| `(\w+)` \| .*? \| ([\d,]+) \|", text, flags=re.MULTILINE)
+    model = lessons["01"].SimpleCNN()
+    expected = {
+        name: sum(weights.numel() for weights in layer.parameters()) for name, layer in model.named_children()
+    }
+    del expected["dropout"]  # has none
+    assert {name: int(count.replace(",", "")) for name, count in rows} == expected
+    shapes = {}
+    for name, layer in model.named_children():
+        layer.register_forward_hook(lambda _, __, output, name=name: shapes.update({name: output.shape[1:]}))
+    model(torch.zeros(2, 3, 32, 32))
+    for name, shape in re.findall(r"^\| `(\w+)` \| \(N, ([\d, ]+)\)", text, flags=re.MULTILINE):
+        assert list(shapes[name]) == [int(size) for size in shape.split(", ")], name
+
+
+def test_the_numbers_of_lesson_06s_page_are_those_it_prints(lessons, capsys):
+    text = read(HUB.with_name("06_detailed_evaluation.md"))
+    lessons["06"].explain_argmax()
+    printed = capsys.readouterr().out
+    section = text.split("**argmax.**")[1].split("**Metrics.**")[0]
+    row = next(line for line in section.splitlines() if "frog 3.5" in line)
+    names, values = zip(*re.findall(r"([a-z]+) (-?\d\.\d)[, ]", row), strict=True)
+    logits = torch.tensor([float(value) for value in values])
+    assert len(logits) == 10 and names[int(logits.argmax())] == "frog" and "so the answer is frog" in printed
+    assert f"torch.argmax gives {logits.argmax()}" in printed and "`torch.argmax` gives 6: frog" in section
+    assert (
+        f"torch.max(dim=0) gives {logits.max():.1f} at {logits.argmax()}" in printed and "3.5 at 6" in section
+    )
+    assert "np.argmax gives 2, np.max 0.8" in printed
+    assert "`np.argmax` gives 2" in section and "`np.max` gives 0.8" in section
+    for answers in re.findall(r"`(\[\d+(?:, \d+)+\])`", section):
+        assert answers in printed
+    assert "automobile, frog, bird" in section and "automobile, frog, bird" in printed
+    assert "all 30 numbers: 16." in printed and "one answer, 16:" in section
+
+
+def test_the_worked_example_of_the_metrics_is_right():
+    text = read(HUB.with_name("06_detailed_evaluation.md"))
+    true_positives, false_negatives, false_positives = 90, 10, 30
+    recall = true_positives / (true_positives + false_negatives)
+    precision = true_positives / (true_positives + false_positives)
+    f1 = 2 * precision * recall / (precision + recall)
+    assert f"90 / 100 = {recall:.2f}" in text and f"90 / 120 = {precision:.2f}" in text
+    assert f"2 · {precision:.2f} · {recall:.2f} / {precision + recall:.2f} = {f1:.2f}" in text
 
 
 def test_pictures_are_few_small_and_all_used():

@@ -21,6 +21,7 @@ def closed_form(name, epochs, start):
         "MultiStepLR": lambda t: start * 0.1 ** ((t >= epochs / 2) + (t >= epochs * 3 / 4)),
         "ExponentialLR": lambda t: start * 0.01 ** (t / epochs),
         "CosineAnnealingLR": lambda t: start * (1 + math.cos(math.pi * t / epochs)) / 2,
+        "WarmUp": lambda t: min(1, (t + 1) / 3) * start * (1 + math.cos(math.pi * t / epochs)) / 2,
     }
     return [formulas[name](t) for t in range(epochs)]
 
@@ -83,7 +84,7 @@ def test_logged_rate_is_the_one_the_optimizer_used(lessons, tmp_path, monkeypatc
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("number", ["05", "06"])
-def test_05_and_06_end_on_one_cosine(lessons, tmp_path, monkeypatch, number):
+def test_05_and_06_warm_up_and_end_on_one_cosine(lessons, tmp_path, monkeypatch, number):
     lesson, used, logged = lessons[number], [], []
     train_one_epoch, report_epoch = lesson.train_one_epoch, lesson.report_epoch
 
@@ -100,23 +101,23 @@ def test_05_and_06_end_on_one_cosine(lessons, tmp_path, monkeypatch, number):
 
     monkeypatch.setattr(lesson, "train_one_epoch", spy)
     monkeypatch.setattr(lesson, "report_epoch", report)
-    run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 3)
+    run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 5)
     arms = 3 if number == "05" else 1
-    assert used == pytest.approx(closed_form("CosineAnnealingLR", 3, 0.05) * arms) and logged == used
+    assert used == pytest.approx(closed_form("WarmUp", 5, 0.1) * arms) and logged == used
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_plateau_follows_the_validation_loss_with_patience(lessons, tmp_path, monkeypatch):
-    """The validation loss stops falling after epoch 2, while the training loss falls on: a fifth after epoch 4."""
+def test_plateau_follows_the_validation_loss_without_patience(lessons, tmp_path, monkeypatch):
+    """A fifth after every epoch without a new lowest validation loss, 3, 4 and 6; the training loss falls on."""
     lesson = lessons["04"]
-    losses = iter([1.0, 0.8, 0.8, 0.9, 0.9, 0.9, 0.9])
+    losses = iter([1.0, 0.8, 0.8, 0.9, 0.7, 0.9, 0.9])
     monkeypatch.setattr(lesson, "evaluate", lambda *_: (next(losses), 50.0))
     falling = iter([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
     train_one_epoch = lesson.train_one_epoch
     monkeypatch.setattr(lesson, "train_one_epoch", lambda *args: (next(falling), train_one_epoch(*args)[1]))
     run_lesson(lesson, tmp_path, *FLAGS, "--epochs", 7, "--schedulers", "ReduceLROnPlateau")
     rates = [row["LearningRate"] for row in history_of(lesson, tmp_path, "ReduceLROnPlateau")]
-    assert rates == pytest.approx([0.05, 0.05, 0.05, 0.05, 0.01, 0.01, 0.002])
+    assert rates == pytest.approx([0.05, 0.05, 0.05, 0.01, 0.002, 0.002, 0.0004])
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -81,9 +81,10 @@ DROPPED_FLAGS = {
 }
 DEFAULT_EXCEPTIONS = {
     ("--epochs", "02"): "long enough to overfit",
-    ("--epochs", "04"): "two more, for the schedules to act",
+    ("--epochs", "04"): "six trainings",
     ("--epochs", "05"): "augmented images take longer to learn",
     ("--lr", "04"): "a rate that falls can start higher",
+    ("--lr", "05"): "after a warm-up, a higher one still",
     ("--epochs", "07"): "without instructions for 16 bits, an epoch takes long",
     ("--subset", "07"): "without instructions for 16 bits, an epoch takes long",
     ("--epochs", "08"): "more than it needs",
@@ -102,9 +103,9 @@ HELP_EXCEPTIONS = {
 }
 
 # Lines that the later lesson may add to the one before and remove from it.
-DIFF_BUDGET = {"02": (143, 38), "03": (181, 56), "04": (125, 82), "05": (161, 98), "06": (235, 205)}
+DIFF_BUDGET = {"02": (143, 38), "03": (181, 56), "04": (125, 82), "05": (161, 99), "06": (235, 205)}
 DIFF_BUDGET |= {"07": (200, 142), "08": (127, 110), "09": (152, 91)}
-DIFF_BUDGET |= {"10": (236, 240), "11": (285, 117), "12": (177, 108)}
+DIFF_BUDGET |= {"10": (237, 243), "11": (285, 117), "12": (177, 108)}
 
 # How long a lesson may be, blank lines and docstring included: as a whole, and above the dividing comment.
 LENGTHS = {
@@ -112,8 +113,8 @@ LENGTHS = {
     "02": (327, 204),
     "03": (457, 306),
     "04": (497, 347),
-    "05": (557, 408),
-    "06": (589, 462),
+    "05": (560, 410),
+    "06": (591, 463),
     "07": (557, 391),
     "08": (513, 360),
     "09": (392, 271),

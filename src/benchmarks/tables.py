@@ -2,10 +2,9 @@
 
     python src/benchmarks/tables.py
 
-The figures come from docs/results.json (results.py), docs/throughput.json (throughput.py),
-docs/group_size.json (group_size.py) and docs/processes.json (processes.py). A table stands between
-<!-- table: NAME --> and <!-- end of table -->; of the table of lessons only the last two columns are written
-here.
+The figures come from docs/NAME.json, written by src/benchmarks/NAME.py: results, throughput, group_size,
+processes, time_to_accuracy, recipes. A table stands between <!-- table: NAME --> and <!-- end of table -->; of the
+table of lessons only the last two columns are written here.
 """
 
 import json
@@ -15,14 +14,15 @@ import statistics
 
 from common import LESSONS, ROOT, machine_in_words
 
-GUIDES = [*sorted(ROOT.glob("*.md")), *sorted(LESSONS.glob("*.md"))]
+FIGURES = ["results", "throughput", "group_size", "processes", "time_to_accuracy", "recipes"]
+GUIDES = sorted([*ROOT.glob("*.md"), *LESSONS.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 CHINESE = {
-    "network": "网络",
+    "schedule": "调度器",
     "validation accuracy": "验证准确率",
     "gap": "差距",
     "behind the first": "落后第一名",
-    "a tie": "平局",
+    " (a tie)": "（差异不显著，视为并列）",
     "{} % on training images": "{}%（训练图片）",
     "{} % on validation images": "{}%（验证图片）",
     "{} % on test images": "{}%（测试图片）",
@@ -53,6 +53,42 @@ CHINESE = {
     "BatchNorm, rate x 6": "BatchNorm，学习率 x 6",
     "BatchNorm, images x 255": "BatchNorm，图片 x 255",
     "random images": "随机图片",
+    "JPEG copy of CIFAR-10": "CIFAR-10 的 JPEG 副本",
+    ", ": "，",
+    "lesson, augmented": "本课程，带增强",
+    "ceiling: ready-made batches": "上限：现成的批次",
+    "usual way": "常见做法",
+    "usual way, 2 workers": "常见做法，2 个工作进程",
+    "usual way, pooling last": "常见做法，池化在最后",
+    "usual way, augmented": "常见做法，带增强",
+    "usual way, augmented, 2 workers": "常见做法，带增强，2 个工作进程",
+    "speed: lesson / ceiling": "速度：本课程 / 上限",
+    "speed: lesson / usual way": "速度：本课程 / 常见做法",
+    "speed: lesson / usual way, 2 workers": "速度：本课程 / 常见做法，2 个工作进程",
+    "speed: lesson / usual way, pooling last": "速度：本课程 / 常见做法，池化在最后",
+    "speed, augmented: lesson / usual way": "速度，带增强：本课程 / 常见做法",
+    "speed, augmented: lesson / usual way, 2 workers": "速度，带增强：本课程 / 常见做法，2 个工作进程",
+    "time, lesson: augmented / plain": "时间，本课程：带增强 / 不带",
+    "time, usual way: augmented / plain": "时间，常见做法：带增强 / 不带",
+    "time for an image: of {} / of {}": "每张图片的时间：共 {} 张 / 共 {} 张",
+    "way": "做法",
+    "this course": "本课程",
+    "minutes to {} %": "达到 {}% 的分钟数",
+    "epochs": "epoch 数",
+    "time for an epoch, ratio": "每个 epoch 的时间之比",
+    "Keras": "Keras",
+    "difference": "差别",
+    "lesson 05": "第 05 课",
+    "no warm-up": "不预热",
+    "warm-up and linear decay": "预热，然后线性下降",
+    "half the rate, no warm-up": "学习率减半，不预热",
+    "twice the rate": "学习率加倍",
+    "padding 4": "补边 4",
+    "alternating flips": "交替翻转",
+    "batches of 64, half the rate": "批大小 64，学习率减半",
+    "batches of 256, twice the rate": "批大小 256，学习率加倍",
+    "30 epochs": "30 个 epoch",
+    "30 epochs, half the rate, no warm-up, padding 4": "30 个 epoch，学习率减半，不预热，补边 4",
     "arm": "方法",
     "{} images of a class": "每类 {} 张",
     "split": "划分方式",
@@ -106,7 +142,7 @@ def headline(entries, say):
     best = HEADLINES.get(entries[0]["lesson"]) or max(by_arm, key=lambda arm: statistics.mean(by_arm[arm]))
     split_name = {"train": "training", "val": "validation", "test": "test"}[split]
     text = say(f"{{}} % on {split_name} images").format(mean_and_spread(by_arm[best], 1))
-    return text + (f", {best}" if best else "")
+    return text + (say(", ") + best if best else "")
 
 
 def duration(entries, say):
@@ -125,12 +161,14 @@ def fill_lessons(text, results, say):
         entries = pick(results, row["number"])
         return f"{row['rest']}| {duration(entries, say)} | {headline(entries, say)} |" if entries else row[0]
 
-    row = r"^(?P<rest>\| `?\[?`?(?P<number>\d\d)_.*?)\|[^|\n]*\|[^|\n]*\|$"
+    row = r"^(?P<rest>\| `?\[?`?(?P<number>\d\d)[_ ].*?)\|[^|\n]*\|[^|\n]*\|$"
     return re.sub(row, fill, text, flags=re.MULTILINE)
 
 
 def runs_table(results, say):
-    """Return the table of all lessons: accuracy, gap, time, memory, seeds."""
+    """Return the table of these lessons: accuracy, gap, time, memory, seeds."""
+    if not results:
+        return "..."  # not measured yet
     rows = []
     for number in sorted({entry["lesson"] for entry in results}):
         entries = pick(results, number)
@@ -165,10 +203,11 @@ def arms_table(results, number, say):
         behind = [first - own for first, own in zip(accuracy[ranking[0]], accuracy[arm], strict=True)]
         note = mean_and_spread(behind) if arm != ranking[0] else ""
         if note and len(behind) > 1 and statistics.mean(behind) <= statistics.stdev(behind):
-            note += f" ({say('a tie')})"
+            note += say(" (a tie)")
         gaps = [entry["arms"][arm]["gap"] for entry in entries]
         rows.append([f"`{arm}`", mean_and_spread(accuracy[arm]), mean_and_spread(gaps, 1), note])
-    return table([say(word) for word in ["network", "validation accuracy", "gap", "behind the first"]], rows)
+    first = {"04": "schedule"}.get(number, "arm")
+    return table([say(word) for word in [first, "validation accuracy", "gap", "behind the first"]], rows)
 
 
 def clipping_table(results, say):
@@ -228,18 +267,18 @@ def throughput_table(report, say):
     """Return the table of images per second, and of what share of the arithmetic limit that is."""
     rows = []
     for name, figures in report["images_per_second"].items():
-        rows.append(
-            [name, median_and_range(figures), f"{report['share_of_arithmetic_limit'][name]['median']:.2f}"]
-        )
+        share = f"{report['share_of_arithmetic_limit'][name]['median']:.2f}"
+        name = say("this course" if name == "lesson" else name)  # in Chinese, "lesson" is a header's word
+        rows.append([name, median_and_range(figures), share])
     return table(["", say("images per second"), say("share of the arithmetic limit")], rows)
 
 
 def ratios_table(report, say):
     """Return the table of what throughput.py compares."""
-    ratios = dict(report["ratios"])
+    ratios = {say(name): figures for name, figures in report["ratios"].items()}
     first, *others = report["time_per_image_by_size"]
     for size in others:
-        name = f"time for an image: of {int(size):,} / of {int(first):,}"
+        name = say("time for an image: of {} / of {}").format(f"{int(size):,}", f"{int(first):,}")
         ratios[name] = report["time_per_image_by_size"][size]
     rows = [[name, median_and_range(figures, 2)] for name, figures in ratios.items()]
     return table([say("ratio"), say("median (least to greatest)")], rows)
@@ -255,30 +294,60 @@ def group_size_table(report, say):
     return table([say(word) for word in ["images in a group", "mean", "standard error", "every seed"]], rows)
 
 
+def time_table(report, say):
+    """Return the table of minutes to an accuracy, by way of training: the median and every seed."""
+    if not report:
+        return "..."  # not measured yet
+    rows = []
+    for name, figures in report["ways"].items():
+        minutes = [value for value in figures["minutes"] if value is not None]
+        median = f"{statistics.median(minutes):.1f}" if minutes else "-"
+        each = ", ".join("-" if value is None else f"{value:.1f}" for value in figures["minutes"])
+        epochs = ", ".join(str(count) for count in figures["epochs"])
+        ratio = median_and_range(figures["time_per_epoch"], 2)
+        rows.append([say("this course" if name == "lesson" else name), f"{median} ({each})", epochs, ratio])
+    minutes = say("minutes to {} %").format(f"{report['goal']:g}")
+    return table([say("way"), minutes, say("epochs"), say("time for an epoch, ratio")], rows)
+
+
+def recipes_table(report, say):
+    """Return the table of lesson 05's augmented arm trained in several ways, compared seed by seed."""
+    if not report:
+        return "..."  # not measured yet
+    rows, first = [], next(iter(report["accuracy"].values()))
+    for name, by_seed in report["accuracy"].items():
+        values = list(by_seed.values())
+        difference = mean_and_spread([by_seed[seed] - first[seed] for seed in by_seed])
+        rows.append([say(name), mean_and_spread(values), difference if by_seed != first else ""])
+    return table([say(word) for word in ["way", "validation accuracy", "difference"]], rows)
+
+
 def measured_on(machines, data, say):
     """Return one sentence that names the machines and the data behind a table."""
     names = " / ".join(dict.fromkeys(machine_in_words(machine) for machine in machines))
+    data = say(", ").join(say(name) for name in dict.fromkeys(data))
     return say("Measured on {machines}; data: {data}.").format(machines=names, data=data)
+
+
+def runs_on(results, say):
+    """Return the sentences that name the machines, the data and the statistic of runs."""
+    if not results:
+        return "..."
+    sentence = measured_on([entry["machine"] for entry in results], [entry["data"] for entry in results], say)
+    return sentence + say(" Of several seeds: the mean ± the standard deviation.")
 
 
 def fill(text, language):
     """Return the text of a guide with all its tables written anew."""
     say = words(language)
-    results, throughput, group_size, processes = (
-        json.loads((ROOT / "docs" / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ["results", "throughput", "group_size", "processes"]
+    paths = [ROOT / "docs" / f"{name}.json" for name in FIGURES]
+    results, throughput, group_size, processes, times, recipes = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else None for path in paths
     )
     tables = {
         "lessons": lambda old: fill_lessons(old, results, say),
         "runs": lambda old: runs_table(results, say),
-        "runs machine": lambda old: (
-            measured_on(
-                [entry["machine"] for entry in results],
-                ", ".join(dict.fromkeys(entry["data"] for entry in results)),
-                say,
-            )
-            + say(" Of several seeds: the mean ± the standard deviation.")
-        ),
+        "runs machine": lambda old: runs_on(results, say),
         "schedulers": lambda old: arms_table(results, "04", say),
         "augmentation": lambda old: arms_table(results, "05", say),
         "precisions": lambda old: arms_table(results, "07", say),
@@ -286,12 +355,22 @@ def fill(text, language):
         "transfer": lambda old: transfer_table(results, say),
         "splits": lambda old: splits_table(results, say),
         "processes": lambda old: processes_table(processes, say),
-        "processes machine": lambda old: measured_on([processes["machine"]], processes["data"], say),
+        "processes machine": lambda old: measured_on([processes["machine"]], [processes["data"]], say),
         "throughput": lambda old: throughput_table(throughput, say),
         "ratios": lambda old: ratios_table(throughput, say),
-        "throughput machine": lambda old: measured_on([throughput["machine"]], say(throughput["data"]), say),
+        "throughput machine": lambda old: measured_on([throughput["machine"]], [throughput["data"]], say),
         "group size": lambda old: group_size_table(group_size, say),
+        "recipes": lambda old: recipes_table(recipes, say),
+        "recipes machine": lambda old: (
+            measured_on([recipes["machine"]], [recipes["data"]], say) if recipes else "..."
+        ),
+        "time": lambda old: time_table(times, say),
+        "time machine": lambda old: measured_on([times["machine"]], [times["data"]], say) if times else "...",
     }
+    for number in sorted({path.name[:2] for path in LESSONS.glob("[01]*.py")}):  # on the page of a lesson
+        own = pick(results, number)
+        tables[f"run {number}"] = lambda old, own=own: runs_table(own, say) + "\n\n" + runs_on(own, say)
+        tables[f"machine {number}"] = lambda old, own=own: runs_on(own, say)
     return re.sub(
         r"(<!-- table: (.*?) -->\n)(.*?)(<!-- end of table -->)",
         lambda match: match[1] + tables[match[2]](match[3].rstrip("\n")) + "\n" + match[4],

@@ -60,7 +60,7 @@ MATRICES = "matrix multiplication"
 # Lesson 05's AUGMENTATION, written the usual way: for one PIL image after the other
 PIL_AUGMENTATION = [
     transforms.RandomHorizontalFlip(p=0.5),
-    transforms.RandomCrop(32, padding=4),
+    transforms.RandomCrop(32, padding=2),
     transforms.RandomRotation(15, interpolation=transforms.InterpolationMode.BILINEAR),
     transforms.RandomApply(
         [transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)], p=0.3

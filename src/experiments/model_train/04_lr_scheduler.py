@@ -178,9 +178,11 @@ SCHEDULERS = {
     "ExponentialLR": lambda optimizer, epochs: lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / epochs)),
     # Half a cosine wave, 0 after the last epoch: a good first choice if the number of epochs is fixed.
     "CosineAnnealingLR": lambda optimizer, epochs: lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs),
-    # Divides it by 5 after 2 epochs without a new lowest validation loss: if nobody knows how long to train.
+    # Divides it by 5 after an epoch without a new lowest validation loss: if nobody knows how long to train.
     "ReduceLROnPlateau": lambda optimizer, epochs: lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=0.2, patience=1
+        optimizer,
+        factor=0.2,
+        patience=0,  # longer runs wait for 2 to 10 such epochs
     ),
 }
 
@@ -194,7 +196,7 @@ def train(args, name, train_set, val_set, class_names, folder):
     shuffle = torch.Generator().manual_seed(args.seed)  # random numbers for the order of the images alone
     pinned = args.device.type == "cuda"  # pinned memory: a GPU copies from it while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
-    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients: room for more images
+    val_loader = DataLoader(val_set, batch_size=250, pin_memory=pinned)  # no gradients: room for more images
     model = SimpleCNN(len(class_names)).to(args.device)
     loss_fn = nn.CrossEntropyLoss()  # softmax of the logits, then the mean of -ln(share of the true class)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
@@ -454,7 +456,7 @@ def parse_args(argv, resumed=None):
     """Read the command line. A resumed run keeps the settings of its checkpoint."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ... or None
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=12, help="passes over the training images")
+    parser.add_argument("--epochs", type=int, default=6, help="passes over the training images")
     parser.add_argument("--batch-size", type=int, default=128, help="images in one training step")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
     parser.add_argument("--seed", type=int, default=42, help="seed of all numbers")

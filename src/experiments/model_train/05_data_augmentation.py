@@ -195,7 +195,7 @@ def print_ranking(histories, images, data):
 # draws only, because hue takes more time than all the rest; erasing hides a patch: no detail decides alone.
 AUGMENTATION = [
     v2.RandomHorizontalFlip(p=0.5),
-    v2.RandomCrop(32, padding=4),
+    v2.RandomCrop(32, padding=2),
     v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
     v2.RandomApply([v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)], p=0.3),
     v2.RandomErasing(p=0.3, scale=(0.02, 0.15)),
@@ -236,16 +236,19 @@ def train(args, name, train_set, val_set, class_names, folder):
     shuffle = torch.Generator().manual_seed(args.seed)  # random numbers for the order of the images alone
     pinned = args.device.type == "cuda"  # pinned memory: a GPU copies from it while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
-    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients: room for more images
+    val_loader = DataLoader(val_set, batch_size=250, pin_memory=pinned)  # no gradients: room for more images
     augmented, dropout = ARMS[name]  # NEW in 05
     augment = make_augmentation(args.data, args.group_size) if augmented else None  # NEW in 05
     model = SimpleCNN(len(class_names), dropout).to(args.device)
-    # NEW in 05: a recipe for longer training. Label smoothing asks for 91 % for the true class, not 100 %:
+    # NEW in 05: a recipe for harder images. Label smoothing asks for 91 % for the true class, not 100 %:
     # Loss/train then stays above 0.50, and does not compare with Loss/val, which is plain. Weight decay keeps
-    # weights small. Nesterov momentum takes the gradient where the momentum is about to lead.
+    # weights small. Nesterov momentum takes the gradient where the momentum is about to lead. The rate is
+    # twice lesson 04's: the first epochs have 1/3 and 2/3 of it, since a new network's gradients are wild.
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+    warm_up = lr_scheduler.LinearLR(optimizer, start_factor=1 / 3, total_iters=2)
+    cosine = lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+    scheduler = lr_scheduler.ChainedScheduler([warm_up, cosine])  # multiplies their factors
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # the CPU's, each GPU's
     latest, best = folder / "latest_checkpoint.pth", folder / "best_model.pth"
@@ -298,7 +301,7 @@ def train(args, name, train_set, val_set, class_names, folder):
 # NEW in 05: each transform alone, and always applied, to look at; and RandomGrayscale to compare with
 TRANSFORMS = {
     "RandomHorizontalFlip": v2.RandomHorizontalFlip(p=1.0),
-    "RandomCrop": v2.RandomCrop(32, padding=4),
+    "RandomCrop": v2.RandomCrop(32, padding=2),
     "RandomRotation": v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
     "ColorJitter": v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05),
     "RandomGrayscale": v2.RandomGrayscale(p=1.0),
@@ -327,7 +330,7 @@ def measure_gaps(args, folder, histories, train_set):
 
     Training accuracy is measured on images as they are: on augmented ones the gap looks smaller than it is.
     """
-    loader = DataLoader(TensorDataset(*train_set[:10_000]), batch_size=1000)  # [..]: images and their labels
+    loader = DataLoader(TensorDataset(*train_set[:10_000]), batch_size=250)  # [..]: images and their labels
     print(f"Overfitting of the best models, by {len(loader.dataset):,} training images as they are:")
     gaps = {}
     for name, history in histories.items():
@@ -515,9 +518,9 @@ def parse_args(argv, resumed=None):
     """Read the command line. A resumed run keeps the settings of its checkpoint."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ... or None
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the training images")
+    parser.add_argument("--epochs", type=int, default=16, help="passes over the training images")
     parser.add_argument("--batch-size", type=int, default=128, help="images in one training step")
-    parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
     parser.add_argument("--seed", type=int, default=42, help="seed of all numbers")
     parser.add_argument("--device", default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
     parser.add_argument("--data", choices=["auto", "cifar10", "digits"], default="auto", help="images")

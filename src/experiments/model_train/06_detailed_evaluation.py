@@ -175,7 +175,7 @@ def load_checkpoint(path, parts=None, generators=()):
 # draws only, because hue takes more time than all the rest; erasing hides a patch: no detail decides alone.
 AUGMENTATION = [
     v2.RandomHorizontalFlip(p=0.5),
-    v2.RandomCrop(32, padding=4),
+    v2.RandomCrop(32, padding=2),
     v2.RandomRotation(15, interpolation=v2.InterpolationMode.BILINEAR),
     v2.RandomApply([v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)], p=0.3),
     v2.RandomErasing(p=0.3, scale=(0.02, 0.15)),
@@ -204,12 +204,14 @@ def train(args, train_set, val_set, class_names, run_dir, path):
     shuffle = torch.Generator().manual_seed(args.seed)  # random numbers for the order of the images alone
     pinned = args.device.type == "cuda"  # pinned memory: a GPU copies from it while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
-    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients: room for more images
+    val_loader = DataLoader(val_set, batch_size=250, pin_memory=pinned)  # no gradients: room for more images
     augment = make_augmentation(args.data, args.group_size)
     model = SimpleCNN(len(class_names)).to(args.device)
     loss_fn = nn.CrossEntropyLoss(label_smoothing=0.1)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+    warm_up = lr_scheduler.LinearLR(optimizer, start_factor=1 / 3, total_iters=2)
+    cosine = lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+    scheduler = lr_scheduler.ChainedScheduler([warm_up, cosine])  # multiplies their factors
     history, best_accuracy = [], -1.0
     with SummaryWriter(run_dir) as writer:
         writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
@@ -453,7 +455,7 @@ def main(argv=None):
     # NEW in 06: the test images choose nothing: the model is final when it meets them
     images, labels, _, _ = load_data(args.data, args.data_dir, train=False)
     images, labels = images[: args.subset], labels[: args.subset]
-    test_loader = DataLoader(TensorDataset(images, labels), batch_size=1000)
+    test_loader = DataLoader(TensorDataset(images, labels), batch_size=250)
     logits = compute_logits(model.to(args.device), test_loader, args.device)
     write_report(logits, images, labels, checkpoint, run_dir / "evaluation", artifacts)
     logdir = str(args.output_dir / "tensor_board" / LESSON)
@@ -554,9 +556,9 @@ def parse_args(argv):
     """Read the command line."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ... or None
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the training images")
+    parser.add_argument("--epochs", type=int, default=16, help="passes over the training images")
     parser.add_argument("--batch-size", type=int, default=128, help="images in one training step")
-    parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
     parser.add_argument("--seed", type=int, default=42, help="seed of all numbers")
     parser.add_argument("--device", default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
     parser.add_argument("--data", choices=["auto", "cifar10", "digits"], default="auto", help="images")

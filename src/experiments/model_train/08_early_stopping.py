@@ -206,7 +206,7 @@ def train(args, train_set, val_set, class_names, folder):
     shuffle = torch.Generator().manual_seed(args.seed)  # random numbers for the order of the images alone
     pinned = args.device.type == "cuda"  # pinned memory: a GPU copies from it while the CPU goes on
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
-    val_loader = DataLoader(val_set, batch_size=1000, pin_memory=pinned)  # no gradients: room for more images
+    val_loader = DataLoader(val_set, batch_size=250, pin_memory=pinned)  # no gradients: room for more images
     model = SimpleCNN(len(class_names)).to(args.device)
     loss_fn = nn.CrossEntropyLoss()  # softmax of the logits, then the mean of -ln(share of the true class)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
@@ -348,7 +348,7 @@ def main(argv=None):
     best = load_checkpoint(folder / "best_model.pth", {"model": model})["history"]
     images, labels, *_ = load_data(args.data, args.data_dir, train=False)
     images, labels = images[: args.subset], labels[: args.subset]
-    test_loader = DataLoader(TensorDataset(images, labels), batch_size=1000)
+    test_loader = DataLoader(TensorDataset(images, labels), batch_size=250)
     _, accuracy = evaluate(model.to(args.device), test_loader, args.device)
     val_accuracy = best[-1]["Accuracy/val"]
     print(f"Brought back: epoch {len(best)} of {len(history)}, with {val_accuracy:.2f} % on the", end=" ")

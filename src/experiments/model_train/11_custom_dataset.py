@@ -322,7 +322,7 @@ def train(args, name, train_set, val_set, class_to_idx, folder):
     # They start anew in every epoch: with persistent_workers, --resume would see another order of images.
     options = {"pin_memory": pinned, "num_workers": args.workers if args.lazy else 0}
     train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, **options)
-    val_loader = DataLoader(val_set, batch_size=1000, **options)  # no gradients: room for more images
+    val_loader = DataLoader(val_set, batch_size=250, **options)  # no gradients: room for more images
     model = SimpleCNN(len(class_to_idx)).to(args.device)
     loss_fn = nn.CrossEntropyLoss()  # softmax of the logits, then the mean of -ln(share of the true class)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
@@ -469,7 +469,7 @@ def main(argv=None):
             train_set, val_set, test_set = (Subset(data, part) for part in parts)
             train(args, name, train_set, val_set, pictures.class_to_idx, folder / name)
             model, checkpoint = load_model(folder / name / "best_model.pth", args.device)
-            _, accuracy = evaluate(model, DataLoader(test_set, batch_size=1000), args.device)
+            _, accuracy = evaluate(model, DataLoader(test_set, batch_size=250), args.device)
             results[name] = (checkpoint["history"][-1]["Accuracy/val"], accuracy)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(resume_hint(args, folder)) from None  # printed at the end of this file

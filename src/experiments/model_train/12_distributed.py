@@ -256,7 +256,7 @@ def train(args, train_set, val_set, class_names, folder, checkpoint):
     train_loader = DataLoader(train_set, args.batch_size // processes, sampler=sampler, pin_memory=pinned)
     # NEW in 12: validation must count no image twice, so it takes every Nth without that sampler
     my_val_set = Subset(val_set, range(rank, len(val_set), processes))
-    val_loader = DataLoader(my_val_set, batch_size=1000, pin_memory=pinned)  # no gradients: room for more
+    val_loader = DataLoader(my_val_set, batch_size=250, pin_memory=pinned)  # no gradients: room for more
     model = SimpleCNN(len(class_names)).to(args.device)
     loss_fn = nn.CrossEntropyLoss()  # softmax of the logits, then the mean of -ln(share of the true class)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
