@@ -180,9 +180,7 @@ SCHEDULERS = {
     "CosineAnnealingLR": lambda optimizer, epochs: lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs),
     # Divides it by 5 after an epoch without a new lowest validation loss: if nobody knows how long to train.
     "ReduceLROnPlateau": lambda optimizer, epochs: lr_scheduler.ReduceLROnPlateau(
-        optimizer,
-        factor=0.2,
-        patience=0,  # longer runs wait for 2 to 10 such epochs
+        optimizer, factor=0.2, patience=0
     ),
 }
 
