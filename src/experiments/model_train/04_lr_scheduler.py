@@ -454,7 +454,7 @@ def parse_args(argv, resumed=None):
     """Read the command line. A resumed run keeps the settings of its checkpoint."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ... or None
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=6, help="passes over the training images")
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the training images")
     parser.add_argument("--batch-size", type=int, default=128, help="images in one training step")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
     parser.add_argument("--seed", type=int, default=42, help="seed of all numbers")
