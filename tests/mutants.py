@@ -320,7 +320,12 @@ MUTANTS = {
     "scheduler once a batch": ("4", "schedules", "                scheduler.step()\n", "                [scheduler.step() for _ in train_loader]\n"),
     "plateau on the training loss": ("4", "schedules", "scheduler.step(val_loss)", "scheduler.step(loss)"),
     "plateau with patience": ("4", "schedules", "factor=0.2, patience=0", "factor=0.2, patience=1"),
+    "plateau without threshold": ("4", "schedules", ", threshold=0.05", ""),
     "cosine too long": ("456", "schedules", "T_max=", "T_max=1 + "),
+    "no warm-up": ("56", "schedules", "ChainedScheduler([warm_up, cosine])", "ChainedScheduler([cosine])"),
+    "warm-up alone": ("56", "schedules", "ChainedScheduler([warm_up, cosine])", "ChainedScheduler([warm_up])"),
+    "warm-up too short": ("56", "schedules", "total_iters=2", "total_iters=1"),
+    "warm-up from too low": ("56", "schedules", "start_factor=1 / 3", "start_factor=1 / 4"),
     "thirds rounded down": ("4", "schedules", "math.ceil(epochs / 3)", "max(1, epochs // 3)"),
     "milestones rounded down": ("4", "schedules", "[math.ceil(epochs / 2), math.ceil(epochs * 3 / 4)]", "[epochs // 2, epochs * 3 // 4]"),
     # The comparison of the arms

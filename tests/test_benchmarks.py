@@ -831,7 +831,7 @@ def test_tables_of_throughput():
     ]
     assert cells(tables.ratios_table(report, tables.words("en"))) == [
         ["ratio", "median (least to greatest)"],
-        ["speed: lesson / usual way", "2.00 (1.75 - 5.00)"],
+        ["speed: this course / usual way", "2.00 (1.75 - 5.00)"],
         ["time for an image: of 20,000 / of 1,000", "0.98 (0.90 - 1.20)"],
     ]
 

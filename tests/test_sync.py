@@ -85,7 +85,6 @@ DEFAULT_EXCEPTIONS = {
     ("--epochs", "05"): "augmented images take longer to learn",
     ("--lr", "04"): "a rate that falls can start higher",
     ("--lr", "05"): "after a warm-up, a higher one still",
-    ("--epochs", "07"): "without instructions for 16 bits, an epoch takes long",
     ("--subset", "07"): "without instructions for 16 bits, an epoch takes long",
     ("--epochs", "08"): "more than it needs",
     ("--subset", "08"): "within ten minutes on a small computer",

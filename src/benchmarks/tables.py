@@ -55,20 +55,20 @@ CHINESE = {
     "random images": "随机图片",
     "JPEG copy of CIFAR-10": "CIFAR-10 的 JPEG 副本",
     ", ": "，",
-    "lesson, augmented": "本课程，带增强",
+    "this course, augmented": "本课程，带增强",
     "ceiling: ready-made batches": "上限：现成的批次",
     "usual way": "常见做法",
     "usual way, 2 workers": "常见做法，2 个工作进程",
     "usual way, pooling last": "常见做法，池化在最后",
     "usual way, augmented": "常见做法，带增强",
     "usual way, augmented, 2 workers": "常见做法，带增强，2 个工作进程",
-    "speed: lesson / ceiling": "速度：本课程 / 上限",
-    "speed: lesson / usual way": "速度：本课程 / 常见做法",
-    "speed: lesson / usual way, 2 workers": "速度：本课程 / 常见做法，2 个工作进程",
-    "speed: lesson / usual way, pooling last": "速度：本课程 / 常见做法，池化在最后",
-    "speed, augmented: lesson / usual way": "速度，带增强：本课程 / 常见做法",
-    "speed, augmented: lesson / usual way, 2 workers": "速度，带增强：本课程 / 常见做法，2 个工作进程",
-    "time, lesson: augmented / plain": "时间，本课程：带增强 / 不带",
+    "speed: this course / ceiling": "速度：本课程 / 上限",
+    "speed: this course / usual way": "速度：本课程 / 常见做法",
+    "speed: this course / usual way, 2 workers": "速度：本课程 / 常见做法，2 个工作进程",
+    "speed: this course / usual way, pooling last": "速度：本课程 / 常见做法，池化在最后",
+    "speed, augmented: this course / usual way": "速度，带增强：本课程 / 常见做法",
+    "speed, augmented: this course / usual way, 2 workers": "速度，带增强：本课程 / 常见做法，2 个工作进程",
+    "time, this course: augmented / plain": "时间，本课程：带增强 / 不带",
     "time, usual way: augmented / plain": "时间，常见做法：带增强 / 不带",
     "time for an image: of {} / of {}": "每张图片的时间：共 {} 张 / 共 {} 张",
     "way": "做法",
@@ -98,7 +98,7 @@ CHINESE = {
     "validation": "验证集",
     "test (new scenes)": "测试集（新场景）",
     "Measured on {machines}; data: {data}.": "测量环境：{machines}；数据：{data}。",
-    " Of several seeds: the mean ± the standard deviation.": "有几个种子时：平均值 ± 标准差。",
+    " Of several seeds: the mean ± the standard deviation.": "有多个种子时：平均值 ± 标准差。",
 }
 
 # The arms that stand for lessons that are not about the best of their networks
@@ -268,14 +268,13 @@ def throughput_table(report, say):
     rows = []
     for name, figures in report["images_per_second"].items():
         share = f"{report['share_of_arithmetic_limit'][name]['median']:.2f}"
-        name = say("this course" if name == "lesson" else name)  # in Chinese, "lesson" is a header's word
-        rows.append([name, median_and_range(figures), share])
+        rows.append([say(name.replace("lesson", "this course")), median_and_range(figures), share])
     return table(["", say("images per second"), say("share of the arithmetic limit")], rows)
 
 
 def ratios_table(report, say):
     """Return the table of what throughput.py compares."""
-    ratios = {say(name): figures for name, figures in report["ratios"].items()}
+    ratios = {say(name.replace("lesson", "this course")): value for name, value in report["ratios"].items()}
     first, *others = report["time_per_image_by_size"]
     for size in others:
         name = say("time for an image: of {} / of {}").format(f"{int(size):,}", f"{int(first):,}")
@@ -305,7 +304,7 @@ def time_table(report, say):
         each = ", ".join("-" if value is None else f"{value:.1f}" for value in figures["minutes"])
         epochs = ", ".join(str(count) for count in figures["epochs"])
         ratio = median_and_range(figures["time_per_epoch"], 2)
-        rows.append([say("this course" if name == "lesson" else name), f"{median} ({each})", epochs, ratio])
+        rows.append([say(name.replace("lesson", "this course")), f"{median} ({each})", epochs, ratio])
     minutes = say("minutes to {} %").format(f"{report['goal']:g}")
     return table([say("way"), minutes, say("epochs"), say("time for an epoch, ratio")], rows)
 

@@ -10,7 +10,7 @@ Expect 74.8 to 75.6 % validation accuracy in 2 to 4 minutes (2 CPU cores, JPEG c
 44), and overfitting. It writes a run to tensor_board/02_with_validation/.
 
 Exercises: 1. Try --subset 2000: the gap passes 10 points in epoch 2 instead of 5. 2. Take model.eval() out of
-evaluate(). With validation batches of 1,000 little changes, but with batch_size=2 in val_loader, accuracy
+evaluate(). With validation batches of 250 little changes, but with batch_size=2 in val_loader, accuracy
 after two epochs is 60 % instead of 69 %: BatchNorm then takes mean and variance from two images.
 """
 

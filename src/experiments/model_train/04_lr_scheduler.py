@@ -178,9 +178,9 @@ SCHEDULERS = {
     "ExponentialLR": lambda optimizer, epochs: lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / epochs)),
     # Half a cosine wave, 0 after the last epoch: a good first choice if the number of epochs is fixed.
     "CosineAnnealingLR": lambda optimizer, epochs: lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs),
-    # Divides it by 5 after an epoch without a new lowest validation loss: if nobody knows how long to train.
+    # Divides it by 5 after an epoch that lowered the validation loss by less than 5 %: if the length is open.
     "ReduceLROnPlateau": lambda optimizer, epochs: lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=0.2, patience=0
+        optimizer, factor=0.2, patience=0, threshold=0.05
     ),
 }
 
