@@ -1168,8 +1168,8 @@ def test_both_ways_learn_at_the_rate_they_are_given(lessons, way):
     images, labels, *_ = lesson.load_data("digits", None, train=True)
     splits = lesson.split_train_val(images, labels, 42, 400)
     run = getattr(time_to_accuracy, way)(lesson, args, *splits)
-    assert run(1, 0.0) < 40, "a rate of 0 learns nothing"
-    assert max(run(epoch, 0.05) for epoch in [2, 3]) > 50
+    assert run(1, 0.0) < 25, "a rate of 0 learns nothing"
+    assert max(run(epoch, 0.05) for epoch in [2, 3]) > 40, "a guess has 10"
 
 
 def test_time_to_accuracy_runs(monkeypatch, tmp_path, capsys):

@@ -323,7 +323,7 @@ def test_06_records_how_the_model_was_trained_that_it_evaluates(finished, lesson
             )
             output = run_lesson(lessons["06"], tmp_path, "--checkpoint", path, "--epochs", 77)
         [text] = texts
-        assert {"epochs: 1", "batch_size: 128", "lr: 0.05", "group_size: 16"} <= set(text.split("  \n"))
+        assert {"epochs: 1", "batch_size: 128", "lr: 0.1", "group_size: 16"} <= set(text.split("  \n"))
         assert str(path) in output and "'epochs': 1" in output and "delete" not in output
 
 
