@@ -313,9 +313,8 @@ def test_main_trains_by_the_flags(lessons, tmp_path, monkeypatch, number):
     assert len(seen) == (3 if number == "05" else 1)
     smoothing = 0.1 if number in ["05", "06"] else 0.0
     for batch_size, images, lr, momentum, device, loss_fn in seen:
-        rate = pytest.approx(
-            0.01 if number in ["05", "06"] else 0.03
-        )  # their first epoch warms up, at a third
+        # The first epoch of 05 and 06 warms up, at a third of the rate.
+        rate = pytest.approx(0.01 if number in ["05", "06"] else 0.03)
         assert (batch_size, images, lr, momentum, device) == (24, 40, rate, 0.9, CPU)
         assert isinstance(loss_fn, nn.CrossEntropyLoss) and loss_fn.label_smoothing == smoothing
 

@@ -10,13 +10,21 @@ round, so that a slow moment of the machine hits all alike.
 """
 
 import argparse
-import json
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from common import describe_machine, in_words, load_lesson, machine_in_words, measure, spread, whole_number
+from common import (
+    describe_machine,
+    in_words,
+    load_lesson,
+    machine_in_words,
+    measure,
+    run_script,
+    spread,
+    whole_number,
+    write_json,
+)
 from torchvision.transforms import v2
 
 GROUP_SIZE = 16  # the lesson's default
@@ -70,13 +78,8 @@ def main(argv=None):
     if args.json:
         report = {"machine": machine, "rounds": args.rounds, "images": args.images}
         report["ms_per_1000_images"] = costs
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        sys.exit(str(error))
+    run_script(main)

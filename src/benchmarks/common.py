@@ -2,8 +2,10 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -32,6 +34,23 @@ def read_scalars(run_dir):
     events.Reload()
     tags = events.Tags()["scalars"]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def write_json(path, content):
+    """Write a dict or list into a file in one step, so that a crash cannot leave half of it."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def run_script(main, *errors):
+    """Run main() of a benchmark. Ctrl-C ends it with status 130, an OSError or one of these with its sentence."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, *errors) as error:
+        sys.exit(str(error))
 
 
 def whole_number(text):

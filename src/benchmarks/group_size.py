@@ -10,13 +10,11 @@ are compared with. The time that groups save is measured by augmentation_cost.py
 import argparse
 import contextlib
 import io
-import json
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, describe_machine, load_lesson, machine_in_words
+from common import ROOT, describe_machine, load_lesson, machine_in_words, run_script, write_json
 from tqdm import tqdm
 
 ARM = "with_augmentation"
@@ -76,13 +74,8 @@ def main(argv=None):
         print(f"  ({', '.join(f'{value:.2f}' for value in values)})")
     if args.json:
         report = {"machine": machine, "seeds": args.seeds, "accuracy": accuracy}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        sys.exit(str(error))
+    run_script(main)

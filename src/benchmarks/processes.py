@@ -8,7 +8,6 @@ in the first one everything is new.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import LESSONS, ROOT, describe_machine, in_words, machine_in_words, spread
+from common import LESSONS, ROOT, describe_machine, in_words, machine_in_words, run_script, spread, write_json
 from tqdm import tqdm
 
 LESSON = next(LESSONS.glob("12_*.py"))
@@ -76,13 +75,8 @@ def main(argv=None):
         ratio = in_words(report["ratio"][way], 2)
         print(f"  processes x threads: {way} | {in_words(rate, 0)} images/s | ratio {ratio}")
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        sys.exit(str(error))
+    run_script(main)

@@ -9,13 +9,11 @@ in the JSON file, so the command can be stopped and started again; what is in th
 import argparse
 import json
 import math
-import os
 import statistics
-import sys
 from pathlib import Path
 
 import torch
-from common import ROOT, describe_machine, load_lesson, machine_in_words
+from common import ROOT, describe_machine, load_lesson, machine_in_words, run_script, write_json
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
@@ -37,7 +35,6 @@ def warm_up(done):
 
 SCHEDULES = {
     "cosine": cosine,
-    "linear": lambda done, epochs: 1 - done / epochs,
     "warm-up, cosine": lambda done, epochs: warm_up(done) * cosine(done, epochs),
     "warm-up, linear": lambda done, epochs: min(warm_up(done), 1 - done / epochs),
 }
@@ -86,9 +83,8 @@ def train(lesson, way, seed, images, labels, subset, progress):
     factor = SCHEDULES[way["schedule"]]
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda done: factor(done, way["epochs"]))
     pixels, targets = train_set.tensors
-    turned = (
-        torch.rand(len(pixels), generator=shuffle) < 0.5
-    )  # this half in odd epochs, the other in even ones
+    # This half is turned in odd epochs, the other in even ones. Drawn apart, so that the batches stay the lesson's.
+    turned = torch.rand(len(pixels), generator=torch.Generator().manual_seed(seed)) < 0.5
     best = 0.0
     for epoch in range(1, way["epochs"] + 1):
         if way["flips"] == "alternating":
@@ -136,9 +132,7 @@ def main(argv=None):
             found = train(lesson, OWN | WAYS[name], seed, images, labels, args.subset, progress)
             accuracy.setdefault(name, {})[str(seed)] = found
             if args.json:
-                temporary = args.json.with_suffix(".tmp")
-                temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-                os.replace(temporary, args.json)
+                write_json(args.json, report)
     print("Best validation accuracy in percent, mean and every seed:")
     for name in args.ways:
         values = [accuracy[name][str(seed)] for seed in args.seeds]
@@ -146,9 +140,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        sys.exit(str(error))
+    run_script(main)

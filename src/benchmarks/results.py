@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import LESSONS, ROOT, describe_machine, read_scalars
+from common import LESSONS, ROOT, describe_machine, read_scalars, run_script, write_json
 from tqdm import tqdm
 
 RESULTS = ROOT / "docs" / "results.json"
@@ -128,12 +128,9 @@ def load_results():
 
 
 def save_results(results):
-    """Write docs/results.json in one step, so that a crash cannot leave half of it."""
+    """Write docs/results.json, sorted by lesson and seed."""
     RESULTS.parent.mkdir(exist_ok=True)
-    temporary = RESULTS.with_suffix(".tmp")
-    text = json.dumps(sorted(results, key=lambda entry: (entry["lesson"], entry["seed"])), indent=1)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, RESULTS)
+    write_json(RESULTS, sorted(results, key=lambda entry: (entry["lesson"], entry["seed"])))
 
 
 def build_parser():
@@ -164,9 +161,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        sys.exit(str(error))
+    run_script(main)

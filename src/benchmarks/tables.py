@@ -328,6 +328,11 @@ def measured_on(machines, data, say):
     return say("Measured on {machines}; data: {data}.").format(machines=names, data=data)
 
 
+def report_on(report, say):
+    """Return the sentence that names the machine and the data of one benchmark's report."""
+    return measured_on([report["machine"]], [report["data"]], say) if report else "..."  # not measured yet
+
+
 def runs_on(results, say):
     """Return the sentences that name the machines, the data and the statistic of runs."""
     if not results:
@@ -354,17 +359,15 @@ def fill(text, language):
         "transfer": lambda old: transfer_table(results, say),
         "splits": lambda old: splits_table(results, say),
         "processes": lambda old: processes_table(processes, say),
-        "processes machine": lambda old: measured_on([processes["machine"]], [processes["data"]], say),
+        "processes machine": lambda old: report_on(processes, say),
         "throughput": lambda old: throughput_table(throughput, say),
         "ratios": lambda old: ratios_table(throughput, say),
-        "throughput machine": lambda old: measured_on([throughput["machine"]], [throughput["data"]], say),
+        "throughput machine": lambda old: report_on(throughput, say),
         "group size": lambda old: group_size_table(group_size, say),
         "recipes": lambda old: recipes_table(recipes, say),
-        "recipes machine": lambda old: (
-            measured_on([recipes["machine"]], [recipes["data"]], say) if recipes else "..."
-        ),
+        "recipes machine": lambda old: report_on(recipes, say),
         "time": lambda old: time_table(times, say),
-        "time machine": lambda old: measured_on([times["machine"]], [times["data"]], say) if times else "...",
+        "time machine": lambda old: report_on(times, say),
     }
     for number in sorted({path.name[:2] for path in LESSONS.glob("[01]*.py")}):  # on the page of a lesson
         own = pick(results, number)

@@ -18,7 +18,6 @@ What is compared, with the same network and the same steps of the optimizer:
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -31,8 +30,10 @@ from common import (
     load_lesson,
     machine_in_words,
     measure,
+    run_script,
     spread,
     whole_number,
+    write_json,
 )
 from matplotlib.figure import Figure
 from PIL import Image
@@ -292,13 +293,8 @@ def main(argv=None):
     plot_rates(report, path)
     print(f"The picture is {path}.")
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (OSError, RuntimeError) as error:  # CIFAR-10 is not in that folder, a file cannot be written, ...
-        sys.exit(str(error))
+    run_script(main, RuntimeError)  # which CIFAR10 raises if the folder has no images

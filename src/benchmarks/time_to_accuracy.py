@@ -15,23 +15,28 @@ alike. The time to the goal is the sum of a training's own epochs, up to the fir
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-from common import ROOT, describe_machine, in_words, load_lesson, machine_in_words, spread
-from throughput import TO_TENSOR, PILDataset, pooling_last, train_step
+from common import (
+    ROOT,
+    describe_machine,
+    in_words,
+    load_lesson,
+    machine_in_words,
+    run_script,
+    spread,
+    write_json,
+)
+from throughput import CLASSIC_POOLING_LAST, CPU, LESSON, TO_TENSOR, PILDataset, pooling_last, train_step
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
 
-CPU = torch.device("cpu")
-LESSON = "lesson"
-POOLING_LAST = "usual way, pooling last"
 KERAS = "Keras"
 
 
@@ -135,7 +140,7 @@ def train_in_turn(ways, rates, goal):
     epochs = {name: [] for name in ways}
     for epoch, rate in enumerate(tqdm(rates, unit="epoch", disable=None), start=1):
         for name, way in ways.items():
-            if not any(accuracy >= goal for _, accuracy in epochs[name]):
+            if not epochs[name] or epochs[name][-1][1] < goal:
                 start = time.perf_counter()
                 accuracy = way(epoch, rate)
                 epochs[name].append((time.perf_counter() - start, accuracy))
@@ -209,32 +214,28 @@ def main(argv=None):
     flags = ["--device", "cpu", "--subset", options.subset]
     flags += ["--data", options.data, "--data-dir", options.data_dir]
     flags += ["--epochs", options.epochs] if options.epochs else []
-    ways = {LESSON: lesson_way, POOLING_LAST: usual_way}
+    ways = {LESSON: lesson_way, CLASSIC_POOLING_LAST: usual_way}
     if importlib.util.find_spec("keras"):
         ways[KERAS] = keras_way
     else:
         print("Keras is not installed, so it is left out.")
     machine = describe_machine()
     print(machine_in_words(machine))
-    runs = {}
+    args = lesson.parse_args(flags)
+    images, labels, *_ = lesson.load_data(args.data, args.data_dir, train=True)
+    args.schedule = options.schedule
+    rates, runs = learning_rates(lesson, args), {}
     for seed in options.seeds:
-        args = lesson.parse_args([*flags, "--seed", str(seed)])
-        args.schedule = options.schedule
-        images, labels, *_ = lesson.load_data(args.data, args.data_dir, train=True)
+        args.seed = seed
         splits = lesson.split_train_val(images, labels, args.seed, args.subset)
         trainings = {name: way(lesson, args, *splits) for name, way in ways.items()}
-        runs[seed] = train_in_turn(trainings, learning_rates(lesson, args), options.goal)
+        runs[seed] = train_in_turn(trainings, rates, options.goal)
     report = {"machine": machine, "data": options.data_name, "goal": options.goal, "seeds": options.seeds}
     report |= {"schedule": options.schedule, "ways": summarize(runs, options.goal)}
     print_report(report)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        sys.exit(str(error))
+    run_script(main)
