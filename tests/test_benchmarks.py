@@ -216,11 +216,11 @@ def test_all_ways_train_on_the_same_numbers(lessons):
 
 def test_the_usual_augmentation_is_that_of_the_lesson(lessons):
     def settings(transforms):
-        flip, crop, rotation, apply, erasing = transforms
-        [jitter] = apply.transforms
+        flip, crop, turn, apply, erasing = transforms
+        [jitter], [rotation] = apply.transforms, turn.transforms
         colours = [jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue]
         moves = [flip.p, crop.size, np.max(crop.padding), rotation.degrees, rotation.interpolation]
-        return [*moves, apply.p, *map(tuple, colours), erasing.p, erasing.scale, erasing.ratio]
+        return [*moves, turn.p, apply.p, *map(tuple, colours), erasing.p, erasing.scale, erasing.ratio]
 
     def names(transforms):
         return [type(transform).__name__ for transform in transforms]
@@ -1213,11 +1213,8 @@ def test_the_first_recipe_is_the_lessons_own(lessons, monkeypatch):
     lesson, own = lessons["05"], recipes.OWN | recipes.WAYS["lesson 05"]
     args = lesson.parse_args(["--device", "cpu"])
     assert [args.epochs, args.lr, args.batch_size] == [own["epochs"], own["lr"], own["batch_size"]]
-    [crop] = [transform for transform in lesson.AUGMENTATION if isinstance(transform, recipes.v2.RandomCrop)]
-    assert set(crop.padding) == {own["padding"]} and args.group_size == 16
-    assert lesson.AUGMENTATION.index(crop) == 1 and isinstance(
-        lesson.AUGMENTATION[0], recipes.v2.RandomHorizontalFlip
-    )
+    _, crop, rotation, *_ = lesson.AUGMENTATION
+    assert set(crop.padding) == {own["padding"]} and rotation.p == own["rotation"] and args.group_size == 16
 
 
 def test_a_recipe_trains_in_the_way_that_its_name_says(monkeypatch, tmp_path, capsys):
@@ -1231,6 +1228,8 @@ def test_a_recipe_trains_in_the_way_that_its_name_says(monkeypatch, tmp_path, ca
 
         def spy(model, loader, loss_fn, optimizer, device, epoch, augment):
             names = [type(transform).__name__ for transform in lesson.AUGMENTATION]
+            crop, rotation = lesson.AUGMENTATION[-4:-2]
+            names += [f"padding {crop.padding[0]}", f"rotation {rotation.p}"]
             images = next(iter(torch.utils.data.DataLoader(loader.dataset, len(loader.dataset))))[0]
             seen.append((optimizer.param_groups[0]["lr"], loader.batch_size, names, images))
             return original(model, loader, loss_fn, optimizer, device, epoch, augment)
@@ -1254,6 +1253,7 @@ def test_a_recipe_trains_in_the_way_that_its_name_says(monkeypatch, tmp_path, ca
         "digits",
     ]
     ways = ["lesson 05", "no warm-up", "alternating flips", "batches of 64, half the rate"]
+    ways += ["padding 4", "rotation always"]
     recipes.main([*flags, "--ways", *ways])
     cosine = [(1 + np.cos(np.pi * t / 4)) / 2 for t in range(4)]
     rates = [rate for rate, *_ in seen]
@@ -1261,11 +1261,13 @@ def test_a_recipe_trains_in_the_way_that_its_name_says(monkeypatch, tmp_path, ca
     assert rates[:4] == pytest.approx(warm) and rates[4:8] == pytest.approx(
         [0.1 * factor for factor in cosine]
     )
-    assert rates[12:] == pytest.approx([rate / 2 for rate in warm])
-    assert [size for _, size, *_ in seen] == [128] * 12 + [64] * 4
+    assert rates[12:16] == pytest.approx([rate / 2 for rate in warm])
+    assert [size for _, size, *_ in seen] == [128] * 12 + [64] * 4 + [128] * 8
     flips = ["RandomHorizontalFlip" in names for _, _, names, _ in seen]
-    assert flips == [True] * 8 + [False] * 4 + [True] * 4
-    assert all("RandomCrop" in names for _, _, names, _ in seen)
+    assert flips == [True] * 8 + [False] * 4 + [True] * 12
+    moves = [names[-2:] for _, _, names, _ in seen]
+    assert moves[:16] == [["padding 2", "rotation 0.5"]] * 16
+    assert moves[16:] == [["padding 4", "rotation 0.5"]] * 4 + [["padding 2", "rotation 1.0"]] * 4
     odd, even = seen[8][3], seen[9][3]
     assert torch.equal(odd, even.flip(2)) and not torch.equal(odd, even), "every image, in turn"
     printed, report = capsys.readouterr().out, read_json(path)
@@ -1273,4 +1275,4 @@ def test_a_recipe_trains_in_the_way_that_its_name_says(monkeypatch, tmp_path, ca
     for way in ways:
         assert f"  {way:50} {report['accuracy'][way]['1']:.2f}  (" in printed
     recipes.main([*flags, "--ways", *ways])
-    assert len(seen) == 16, "what is in the file is not trained again"
+    assert len(seen) == 24, "what is in the file is not trained again"

@@ -301,7 +301,8 @@ def test_the_list_of_transforms_is_the_promised_one(lessons):
         flip, crop, rotation, jitter, erasing = lessons[number].AUGMENTATION
         assert isinstance(flip, v2.RandomHorizontalFlip) and flip.p == 0.5
         assert isinstance(crop, v2.RandomCrop) and crop.size == (32, 32) and list(crop.padding) == [2] * 4
-        assert isinstance(rotation, v2.RandomRotation) and list(rotation.degrees) == [-15, 15]
+        assert rotation.p == 0.5 and isinstance(rotation.transforms[0], v2.RandomRotation)
+        assert list(rotation.transforms[0].degrees) == [-15, 15]
         assert (
             jitter.p == 0.3 and isinstance(jitter.transforms[0], v2.ColorJitter) and jitter.transforms[0].hue
         )

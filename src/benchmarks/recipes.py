@@ -43,6 +43,7 @@ OWN = {
     "lr": 0.1,
     "schedule": "warm-up, cosine",
     "padding": 2,
+    "rotation": 0.5,
     "batch_size": 128,
     "flips": "random",
 }
@@ -51,17 +52,17 @@ WAYS = {
     "no warm-up": {"schedule": "cosine"},
     "warm-up and linear decay": {"schedule": "warm-up, linear"},
     "half the rate, no warm-up": {"lr": 0.05, "schedule": "cosine"},
-    "twice the rate": {"lr": 0.2},
     "padding 4": {"padding": 4},
+    "rotation always": {"rotation": 1.0},
     "alternating flips": {"flips": "alternating"},
     "batches of 64, half the rate": {"batch_size": 64, "lr": 0.05},
     "batches of 256, twice the rate": {"batch_size": 256, "lr": 0.2},
-    "30 epochs": {"epochs": 30},
-    "30 epochs, half the rate, no warm-up, padding 4": {
+    "30 epochs, half the rate, no warm-up, padding 4, rotation always": {
         "epochs": 30,
         "lr": 0.05,
         "schedule": "cosine",
         "padding": 4,
+        "rotation": 1.0,
     },
 }
 
@@ -71,8 +72,9 @@ def train(lesson, way, seed, images, labels, subset, progress):
     train_set, val_set = lesson.split_train_val(images, labels, seed, subset)
     torch.manual_seed(seed)
     shuffle = torch.Generator().manual_seed(seed)
-    transforms = [transform for transform in lesson.AUGMENTATION if not isinstance(transform, v2.RandomCrop)]
-    transforms.insert(1, v2.RandomCrop(32, padding=way["padding"]))  # after the flip, as in the lesson
+    transforms = list(lesson.AUGMENTATION)  # flip, crop, rotation, colours, erasing
+    transforms[1] = v2.RandomCrop(32, padding=way["padding"])
+    transforms[2] = v2.RandomApply(transforms[2].transforms, way["rotation"])
     if way["flips"] == "alternating":
         transforms = transforms[1:]
     lesson.AUGMENTATION = transforms

@@ -82,13 +82,14 @@ CHINESE = {
     "no warm-up": "不预热",
     "warm-up and linear decay": "预热，然后线性下降",
     "half the rate, no warm-up": "学习率减半，不预热",
-    "twice the rate": "学习率加倍",
     "padding 4": "补边 4",
     "alternating flips": "交替翻转",
     "batches of 64, half the rate": "批大小 64，学习率减半",
     "batches of 256, twice the rate": "批大小 256，学习率加倍",
-    "30 epochs": "30 个 epoch",
-    "30 epochs, half the rate, no warm-up, padding 4": "30 个 epoch，学习率减半，不预热，补边 4",
+    "30 epochs, half the rate, no warm-up, padding 4, rotation always": (
+        "30 个 epoch，学习率减半，不预热，补边 4，每次都旋转"
+    ),
+    "rotation always": "每次都旋转",
     "arm": "方法",
     "{} images of a class": "每类 {} 张",
     "split": "划分方式",

@@ -62,7 +62,9 @@ MATRICES = "matrix multiplication"
 PIL_AUGMENTATION = [
     transforms.RandomHorizontalFlip(p=0.5),
     transforms.RandomCrop(32, padding=2),
-    transforms.RandomRotation(15, interpolation=transforms.InterpolationMode.BILINEAR),
+    transforms.RandomApply(
+        [transforms.RandomRotation(15, interpolation=transforms.InterpolationMode.BILINEAR)], p=0.5
+    ),
     transforms.RandomApply(
         [transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05)], p=0.3
     ),
