@@ -29,7 +29,7 @@ CHINESE = {
     "min": "分钟",
     "s": "秒",
     "lesson": "课程",
-    "seeds": "随机种子",
+    "seeds": "种子",
     "time": "时间",
     "peak memory": "内存峰值",
     "accuracy": "准确率",
@@ -41,17 +41,17 @@ CHINESE = {
     "mean": "平均",
     "standard error": "标准误",
     "every seed": "各个种子",
-    "danger": "危险",
+    "danger": "异常情况",
     "no clipping": "不裁剪",
     "norm clipped": "裁剪范数",
     "values clipped": "裁剪数值",
-    "none": "无",
+    "none": "无异常",
     "rate x 4": "学习率 x 4",
     "images x 255": "图片 x 255",
     "images of nan": "图片为 nan",
-    "BatchNorm, none": "BatchNorm，无",
-    "BatchNorm, rate x 6": "BatchNorm，学习率 x 6",
-    "BatchNorm, images x 255": "BatchNorm，图片 x 255",
+    "BatchNorm, none": "有 BatchNorm，无异常",
+    "BatchNorm, rate x 6": "有 BatchNorm，学习率 x 6",
+    "BatchNorm, images x 255": "有 BatchNorm，图片 x 255",
     "random images": "随机图片",
     "JPEG copy of CIFAR-10": "CIFAR-10 的 JPEG 副本",
     ", ": "，",
@@ -73,6 +73,7 @@ CHINESE = {
     "time for an image: of {} / of {}": "每张图片的时间：共 {} 张 / 共 {} 张",
     "way": "做法",
     "this course": "本课程",
+    "{} %": "{}%",
     "minutes to {} %": "达到 {}% 的分钟数",
     "epochs": "epoch 数",
     "time for an epoch, ratio": "每个 epoch 的时间之比",
@@ -82,15 +83,15 @@ CHINESE = {
     "no warm-up": "不预热",
     "warm-up and linear decay": "预热，然后线性下降",
     "half the rate, no warm-up": "学习率减半，不预热",
-    "padding 4": "补边 4",
+    "padding 4": "填充 4",
     "alternating flips": "交替翻转",
-    "batches of 64, half the rate": "批大小 64，学习率减半",
-    "batches of 256, twice the rate": "批大小 256，学习率加倍",
+    "batches of 64, half the rate": "批次大小 64，学习率减半",
+    "batches of 256, twice the rate": "批次大小 256，学习率加倍",
     "30 epochs, half the rate, no warm-up, padding 4, rotation always": (
-        "30 个 epoch，学习率减半，不预热，补边 4，每次都旋转"
+        "30 个 epoch，学习率减半，不预热，填充 4，每次都旋转"
     ),
     "rotation always": "每次都旋转",
-    "arm": "方法",
+    "arm": "实验组",
     "{} images of a class": "每类 {} 张",
     "split": "划分方式",
     "processes": "进程数",
@@ -290,7 +291,7 @@ def group_size_table(report, say):
     for size, values in report["accuracy"].items():
         error = statistics.stdev(values) / len(values) ** 0.5
         every_seed = ", ".join(f"{value:.2f}" for value in values)
-        rows.append([size, f"{statistics.mean(values):.2f} %", f"{error:.2f}", every_seed])
+        rows.append([size, say("{} %").format(f"{statistics.mean(values):.2f}"), f"{error:.2f}", every_seed])
     return table([say(word) for word in ["images in a group", "mean", "standard error", "every seed"]], rows)
 
 
