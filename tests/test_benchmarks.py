@@ -752,7 +752,7 @@ def test_the_table_of_clipping_has_a_row_for_every_danger(lessons):
         assert line == f"| {danger} | {cells} |"
     assert tables.clipping_table([], tables.words("en")) == "..."
     headline = tables.headline(found, tables.words("en"))
-    assert headline == "23.0 ± 1.0 % on validation images, images_x_255_clipping_norm", (
+    assert headline == "23.0 ± 1.0 % on validation images, images x 255, norm clipped", (
         "not the best: the point"
     )
     chinese = tables.clipping_table(found, tables.words("zh"))

@@ -51,6 +51,12 @@ def without_code(text):
     return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def without_words(block):
+    """Return a code block without what is told in words: what stands beside a path, and the names in a diagram."""
+    block = re.sub(r"^( *\S*[/.]\S*(?:, \S+)*) {2,}.*$", r"\1", block, flags=re.MULTILINE)
+    return re.sub(r"(\d\d)\[.*?\]", r"\1", block)
+
+
 def anchors(path):
     """Return the anchors of a document's headings, as GitHub makes them: lower case, no punctuation, - for a space."""
     headings = re.findall(r"^#+ (.*)$", without_code(read(path)), flags=re.MULTILINE)
@@ -115,7 +121,8 @@ def test_both_languages_have_the_same_structure(chinese):
         ]
         assert found[0] == found[1], pattern
     blocks = [
-        re.findall(r"^```.*?^```", read(path), flags=re.M | re.S) for path in [english_twin(chinese), chinese]
+        [without_words(block) for block in re.findall(r"^```.*?^```", read(path), flags=re.M | re.S)]
+        for path in [english_twin(chinese), chinese]
     ]
     assert blocks[0] == blocks[1]
     rows = [
@@ -156,6 +163,7 @@ def test_the_key_code_of_a_page_is_the_lessons_own(page):
     lines = iter([line.strip() for line in read(PATHS[number]).splitlines()])
     blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     assert blocks and all(line.strip() in lines for block in blocks for line in block.splitlines() if line)
+    assert 3 <= sum(bool(line.strip()) for block in blocks for line in block.splitlines()) <= 8
     assert len(text.splitlines()) <= 150
     headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
     if page not in CHINESE:
@@ -173,7 +181,14 @@ def test_the_key_code_of_a_page_is_the_lessons_own(page):
     stem = PATHS[number].stem
     if number != "01":
         assert f"\npython -m tensorboard.main --logdir tensor_board/{stem}\n" in text
-        assert f"`quick/tensor_board/{stem}`" in text, "where the curves of the quick look are"
+        assert f"\npython -m tensorboard.main --logdir quick/tensor_board/{stem}\n" in text
+    section = re.search(r"^## TensorBoard\n(.*?)^## ", text, flags=re.MULTILINE | re.DOTALL)
+    source = read(PATHS[number])
+    calls = {"Images": r"add_(figure|image)\(", "HParams": r"\bhparams\(", "PR curves": r"add_pr_curve\("}
+    for tab, call in calls.items():
+        assert bool(section and re.search(rf"\b{tab}\b", section[1], re.ASCII)) == bool(
+            re.search(call, source)
+        ), tab
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in CHINESE], ids=name)
@@ -199,6 +214,17 @@ def test_the_quick_commands_of_a_page_work_one_after_the_other(
     )
     stem = PATHS[page.name[:2]].stem
     assert page.name[:2] == "01" or list((tmp_path / "quick" / "tensor_board" / stem).rglob("events.out.*"))
+
+
+@pytest.mark.parametrize("document", [*GUIDES, *LESSONS], ids=name)
+def test_no_quick_look_and_no_exercise_touches_a_full_run(document):
+    text = read(document)
+    commands = [flags for _, _, flags in LESSON_COMMAND.findall(text)]
+    exercises = re.findall(r"^## (?:Exercises|练习)\n(.*?)^## ", text, flags=re.MULTILINE | re.DOTALL)
+    commands += [flags for part in exercises for flags in re.findall(r"`(--[^`]*)`", part)]
+    for flags in commands:
+        if re.match(r"--(epochs|subset|lr|seed|schedulers|patience|precisions) ", flags.strip()):
+            assert "--output-dir quick" in flags or "--subset 50000" in flags, flags
 
 
 def test_every_page_has_a_twin_and_is_linked_from_both_guides():

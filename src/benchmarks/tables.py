@@ -93,6 +93,10 @@ CHINESE = {
     "rotation always": "每次都旋转",
     "arm": "实验组",
     "{} images of a class": "每类 {} 张",
+    "with augmentation": "带增强",
+    "images x 255, norm clipped": "图片 x 255，裁剪范数",
+    "new linear layers, 50 images of a class": "只换线性层，每类 50 张",
+    "split by group": "按组划分",
     "split": "划分方式",
     "processes": "进程数",
     "threads in each": "每个进程的线程数",
@@ -105,6 +109,12 @@ CHINESE = {
 
 # The arms that stand for lessons that are not about the best of their networks
 HEADLINES = {"09": "images_x_255_clipping_norm", "10": "new_linear_layers_50", "11": "by_group"}
+NAMES = {
+    "with_augmentation": "with augmentation",
+    "images_x_255_clipping_norm": "images x 255, norm clipped",
+    "new_linear_layers_50": "new linear layers, 50 images of a class",
+    "by_group": "split by group",
+}
 DANGERS = ["none", "rate x 4", "images x 255", "images of nan"]
 DANGERS += ["BatchNorm, none", "BatchNorm, rate x 6", "BatchNorm, images x 255"]
 
@@ -144,7 +154,7 @@ def headline(entries, say):
     best = HEADLINES.get(entries[0]["lesson"]) or max(by_arm, key=lambda arm: statistics.mean(by_arm[arm]))
     split_name = {"train": "training", "val": "validation", "test": "test"}[split]
     text = say(f"{{}} % on {split_name} images").format(mean_and_spread(by_arm[best], 1))
-    return text + (say(", ") + best if best else "")
+    return text + (say(", ") + (say(NAMES[best]) if best in NAMES else best) if best else "")
 
 
 def duration(entries, say):

@@ -3,7 +3,7 @@
 New since lesson 01: a validation split, train and eval mode, TensorBoard, and two signs of overfitting.
 
     python src/experiments/model_train/02_with_validation.py                           # the whole lesson
-    python src/experiments/model_train/02_with_validation.py --epochs 2 --subset 5000  # within a minute
+    python src/experiments/model_train/02_with_validation.py --epochs 2 --subset 5000 --output-dir quick
     python -m tensorboard.main --logdir tensor_board/02_with_validation                # the curves
 
 Expect 74.8 to 75.6 % validation accuracy in 2 to 4 minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to

@@ -3,7 +3,7 @@
 New since lesson 02: checkpoints, --resume, and predictions with a model loaded from a file.
 
     python src/experiments/model_train/03_save_load_model.py                           # the whole lesson
-    python src/experiments/model_train/03_save_load_model.py --epochs 2 --subset 5000  # within a minute
+    python src/experiments/model_train/03_save_load_model.py --epochs 2 --subset 5000 --output-dir quick
     python src/experiments/model_train/03_save_load_model.py --resume --epochs 15      # go on from there
     python src/experiments/model_train/03_save_load_model.py --predict cat.jpg         # a picture of yours
 

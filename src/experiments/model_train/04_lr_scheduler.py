@@ -4,7 +4,7 @@ New since lesson 03: learning-rate schedulers, and a fair comparison: every arm 
 compared) starts from the same weights and sees the same batches, so that nothing but the schedule differs.
 
     python src/experiments/model_train/04_lr_scheduler.py                             # the whole lesson
-    python src/experiments/model_train/04_lr_scheduler.py --epochs 3 --subset 2000    # a look within a minute
+    python src/experiments/model_train/04_lr_scheduler.py --epochs 3 --subset 2000 --output-dir quick
     python -m tensorboard.main --logdir tensor_board/04_lr_scheduler                  # the curves
 
 Expect 75.7 to 76.8 % validation accuracy with the schedules and 73.5 % with the constant rate, in 10 minutes

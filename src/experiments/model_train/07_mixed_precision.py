@@ -3,7 +3,7 @@
 New since lesson 04: autocast, which chooses 16 or 32 bits for each operation; and a scaler for float16.
 
     python src/experiments/model_train/07_mixed_precision.py                             # the whole lesson
-    python src/experiments/model_train/07_mixed_precision.py --epochs 2 --subset 500     # within a minute
+    python src/experiments/model_train/07_mixed_precision.py --epochs 2 --subset 500 --output-dir quick
     python src/experiments/model_train/07_mixed_precision.py --subset 50000 --epochs 10  # for a GPU
     python -m tensorboard.main --logdir tensor_board/07_mixed_precision                  # the curves
 

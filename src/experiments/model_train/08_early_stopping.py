@@ -4,7 +4,7 @@ New since lesson 04: a rule that stops the training and brings back its best epo
 on one recorded training; and the test images, for the one model that remains.
 
     python src/experiments/model_train/08_early_stopping.py                             # the whole lesson
-    python src/experiments/model_train/08_early_stopping.py --epochs 8 --subset 2000    # within a minute
+    python src/experiments/model_train/08_early_stopping.py --epochs 8 --subset 2000 --output-dir quick
     python -m tensorboard.main --logdir tensor_board/08_early_stopping                  # the curves
 
 Expect 72.6 to 72.7 % validation and 72.3 to 72.4 % test accuracy with the rule that is used, which watches

@@ -4,7 +4,7 @@ New since lesson 02: gradients are measured and clipped between backward() and s
 made to fail, with a rate that is too high or a few images that are faulty.
 
     python src/experiments/model_train/09_gradient_clipping.py                              # the whole lesson
-    python src/experiments/model_train/09_gradient_clipping.py --epochs 1 --subset 500      # within a minute
+    python src/experiments/model_train/09_gradient_clipping.py --epochs 1 --subset 500 --output-dir quick
     python -m tensorboard.main --logdir tensor_board/09_gradient_clipping                   # the curves
 
 Expect, without BatchNorm, 10 to 23 % validation accuracy where rate or images are faulty, 31 to 43 % with the

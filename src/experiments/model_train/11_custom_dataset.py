@@ -4,7 +4,7 @@ New since lesson 04: a Dataset that reads files, a table of what is in the folde
 all pictures of a scene on one side. Beside it the usual split by file, where validation meets known scenes.
 
     python src/experiments/model_train/11_custom_dataset.py                           # the whole lesson
-    python src/experiments/model_train/11_custom_dataset.py --epochs 3 --subset 1000  # within a minute
+    python src/experiments/model_train/11_custom_dataset.py --epochs 3 --subset 1000 --output-dir quick
     python src/experiments/model_train/11_custom_dataset.py --images FOLDER           # FOLDER/cat/tom_1.jpg
     python src/experiments/model_train/11_custom_dataset.py --predict cat.jpg         # or a folder
     python -m tensorboard.main --logdir tensor_board/11_custom_dataset                # the curves

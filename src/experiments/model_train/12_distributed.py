@@ -4,7 +4,7 @@ New since lesson 03: torchrun starts N processes, each trains on its share of ev
 DistributedDataParallel keeps their weights equal. Without torchrun, the same code trains in one process.
 
     python src/experiments/model_train/12_distributed.py                              # in one process
-    python src/experiments/model_train/12_distributed.py --epochs 2 --subset 2000     # within a minute
+    python src/experiments/model_train/12_distributed.py --epochs 2 --subset 2000 --output-dir quick
     python -m torch.distributed.run --standalone --nproc_per_node=2 LESSON            # in two processes
     python -m tensorboard.main --logdir tensor_board/12_distributed                   # the curves
 
