@@ -4,10 +4,14 @@ import argparse
 import contextlib
 import functools
 import io
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+
+# Threads that wait leave the cores to the other processes, of which the tests start many.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import sklearn.datasets
