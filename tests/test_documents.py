@@ -54,8 +54,9 @@ def without_code(text):
 
 def without_words(block):
     """Return a code block without what is told in words: what stands beside a path, and the names in a diagram."""
-    block = re.sub(r"^( *\S*[/.]\S*(?:, \S+)*) {2,}.*$", r"\1", block, flags=re.MULTILINE)
-    return re.sub(r"(\d\d)\[.*?\]", r"\1", block)
+    if block.startswith("```mermaid"):
+        return re.sub(r"(\d\d)\[.*?\]", r"\1", block)
+    return re.sub(r"^( *\S*[/.]\S*(?:, \S+)*) {2,}.*$", r"\1", block, flags=re.MULTILINE)
 
 
 def anchors(path):

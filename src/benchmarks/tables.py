@@ -154,7 +154,9 @@ def headline(entries, say):
     best = HEADLINES.get(entries[0]["lesson"]) or max(by_arm, key=lambda arm: statistics.mean(by_arm[arm]))
     split_name = {"train": "training", "val": "validation", "test": "test"}[split]
     text = say(f"{{}} % on {split_name} images").format(mean_and_spread(by_arm[best], 1))
-    return text + (say(", ") + (say(NAMES[best]) if best in NAMES else best) if best else "")
+    if not best:  # a lesson with a single arm
+        return text
+    return text + say(", ") + (say(NAMES[best]) if best in NAMES else best)
 
 
 def duration(entries, say):
