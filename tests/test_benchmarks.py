@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import augmentation_cost
 import common
 import group_size
+import mistakes
 import numpy as np
 import processes
 import pytest
@@ -69,6 +70,12 @@ def test_tasks_are_timed_in_turn_and_the_first_round_does_not_count(monkeypatch)
 def test_a_spread_is_median_least_and_greatest():
     assert common.spread(np.array([9.0, 1.0, 2.0])) == figures(2, 1, 9)
     assert common.in_words(figures(2345.678, 0.5, 1e6), 1) == "2,345.7 (0.5 to 1,000,000.0)"
+
+
+def test_a_median_is_of_what_was_reached():
+    assert common.median_and_each([1.0, 3.24, 2.0]) == "2.0 (1.0, 3.2, 2.0)"
+    assert common.median_and_each([4.0, None, 5.0]) == "4.5 (4.0, -, 5.0)"
+    assert common.median_and_each([None]) == "- (-)"
 
 
 def test_the_machine_is_this_one():
@@ -1201,7 +1208,10 @@ def test_time_to_accuracy_runs(monkeypatch, tmp_path, capsys):
     assert report["goal"] == 10 and report["seeds"] == [1, 2] and report["data"] == "digits"
     assert "Minutes of training to 10 % validation accuracy, seeds [1, 2]:" in printed
     for name, figures in report["ways"].items():
-        assert len(figures["minutes"]) == 2 and name in printed
+        assert len(figures["minutes"]) == 2
+        minutes, ratio = common.median_and_each(figures["minutes"]), figures["time_per_epoch"]
+        line = f"  {name:24} {minutes}, after {figures['epochs']} epochs; time for an epoch against the lesson: "
+        assert f"{line}{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})\n" in printed
     with pytest.raises(SystemExit, match="ReduceLROnPlateau is none of Constant, StepLR"):
         time_to_accuracy.main(["--schedule", "ReduceLROnPlateau"])
 
@@ -1273,6 +1283,81 @@ def test_a_recipe_trains_in_the_way_that_its_name_says(monkeypatch, tmp_path, ca
     printed, report = capsys.readouterr().out, read_json(path)
     assert list(report["accuracy"]) == ways and report["data"] == "digits"
     for way in ways:
-        assert f"  {way:50} {report['accuracy'][way]['1']:.2f}  (" in printed
+        assert f"  {way:66} {report['accuracy'][way]['1']:.2f}  (" in printed
     recipes.main([*flags, "--ways", *ways])
     assert len(seen) == 24, "what is in the file is not trained again"
+
+
+# mistakes.py
+
+
+@pytest.mark.parametrize("number", list(mistakes.MISTAKES))
+def test_every_mistake_changes_its_lesson_in_one_place(number):
+    """And what comes out is still a script; test_documents.py compares the pages with the figures."""
+    source = PATHS[number].read_text(encoding="utf-8")
+    for mistake, change in mistakes.MISTAKES[number].items():
+        changed = mistakes.with_mistake(source, *change)
+        compile(changed, mistake, "exec")
+        assert (changed == source) == (mistake == "none" or mistake.startswith("--"))
+    with pytest.raises(ValueError, match="is not exactly once in the lesson"):
+        mistakes.with_mistake(source, "import", "export")
+    report = read_json(common.ROOT / "docs" / "mistakes.json")[number]
+    assert report.pop("flags") == mistakes.FLAGS[number] and list(report) == list(mistakes.MISTAKES[number])
+
+
+def test_curves_are_what_a_lesson_prints(finished):
+    """Of lesson 01, that has no validation, and of lesson 05, that has arms."""
+    folder = finished("05").folder
+    [run] = (folder / "tensor_board" / PATHS["05"].stem).glob("*_run_1")
+    found = mistakes.curves(finished("05").output)
+    assert list(found) == ["without_augmentation", "with_augmentation", "with_augmentation_and_dropout"]
+    for arm, printed in found.items():
+        drawn = common.read_scalars(run / arm)
+        for curve, tag in {"train_loss": "Loss/train", "val_accuracy": "Accuracy/val"}.items():
+            assert printed[curve] == pytest.approx([value for _, value in drawn[tag]], abs=0.0051), arm
+    [(arm, printed)] = mistakes.curves(finished("01").output).items()
+    assert arm == "" and list(printed) == ["train_loss", "train_accuracy"]
+    assert f"train loss {printed['train_loss'][-1]:.4f}, acc {printed['train_accuracy'][-1]:5.2f} %" in (
+        finished("01").output.split("Epoch")[-1]
+    )
+
+
+MISTAKEN = """
+import sys
+from pathlib import Path
+with Path(__file__).with_name("calls.txt").open("a") as file:
+    file.write(" ".join([Path(sys.argv[1]).name, *sys.argv[2:]]) + "\n")
+forgets = "        optimizer.zero_grad()\n" not in Path(sys.argv[1]).read_text(encoding="utf-8")
+for epoch in [1, 2]:
+    print(f"Epoch  {epoch}/2 | train loss {epoch + forgets}.1234, acc {11 * epoch}.25 % | 9 s")
+"""
+
+
+def test_mistakes_are_made_in_a_copy_of_the_lesson(tmp_path, capsys):
+    launcher, path = tmp_path / "launcher.py", tmp_path / "mistakes.json"
+    launcher.write_text(MISTAKEN, encoding="utf-8")
+    source = PATHS["01"].read_bytes()
+    flags = ["--lessons", "01", "--launcher", launcher, "--json", path]
+    mistakes.main(list(map(str, [*flags, "--data-dir", tmp_path, "--data-name", "some photographs"])))
+    assert PATHS["01"].read_bytes() == source
+    report = read_json(path)
+    assert [report.pop(key) for key in ["data", "seed", "machine"]] == [
+        "some photographs",
+        42,
+        common.describe_machine(),
+    ]
+    accuracy = {"train_accuracy": [11.25, 22.25]}
+    right, wrong = {"train_loss": [1.1234, 2.1234]} | accuracy, {"train_loss": [2.1234, 3.1234]} | accuracy
+    assert report == {
+        "01": {"flags": "--subset 5000 --epochs 5"}
+        | {name: {"": wrong if name == "no zero_grad" else right} for name in mistakes.MISTAKES["01"]}
+    }
+    calls = (tmp_path / "calls.txt").read_text(encoding="utf-8").splitlines()
+    assert len(calls) == 5 and all(call.startswith("01_basic_training.py --subset 5000") for call in calls)
+    assert all("--seed 42 " in call and f"--data-dir {tmp_path}" in call for call in calls)
+    assert [call for call in calls if "--lr 0.0005" in call] == calls[-1:]
+    assert "  no zero_grad" in capsys.readouterr().out
+    launcher.write_text("import sys; sys.exit('no photographs')", encoding="utf-8")
+    with pytest.raises(SystemExit, match="01_basic_training.py with the mistake 'none' failed:\nno photographs"):
+        mistakes.main(list(map(str, [*flags, "--data-dir", tmp_path])))
+    assert read_json(path)["01"], "the figures that were there are still there"

@@ -233,34 +233,40 @@ def test_common_mistakes_cost_what_was_measured():
     """Page 01, 04 and 05; the Chinese pages have the same figures as these."""
     measured = json.loads(read(ROOT / "docs" / "mistakes.json"))
 
-    def last(lesson, mistake, curve="train_accuracy"):
-        return measured[lesson][mistake][curve][-1]
+    def last(lesson, mistake, curve="train_accuracy", arm=""):
+        return measured[lesson][mistake][arm][curve][-1]
 
-    def val(mistake, augmented):
-        return last("05", f"{mistake}, with{'' if augmented else 'out'} augmentation", "val_accuracy")
+    def augmented(mistake, curve="val_accuracy"):
+        return last("05", mistake, curve, "with_augmentation")
 
-    summed = measured["01"]["no zero_grad"]["train_loss"]
+    def plain(mistake):
+        return last("05", mistake, "val_accuracy", "without_augmentation")
+
+    def cosine(mistake):
+        return last("04", mistake, "val_accuracy", "CosineAnnealingLR")
+
+    summed = measured["01"]["no zero_grad"][""]["train_loss"]
     expected = {
         "01": [
             f"With `{measured['01']['flags']}`",
             f"the last epoch has {last('01', 'none'):.1f} % training accuracy",
             f"from {summed[0]:.2f} in the first epoch to {summed[-1]:.1f} in the fifth",
             f"the last epoch has only {last('01', 'softmax before the loss'):.1f} %",
-            f"at 0.5 it falls only to {last('01', 'rate 0.5', 'train_loss'):.2f}, "
-            f"with {last('01', 'rate 0.5'):.0f} %",
-            f"slow: {last('01', 'rate 0.0005'):.0f} % in the last epoch",
+            f"at 0.5 it falls only to {last('01', '--lr 0.5', 'train_loss'):.2f}, "
+            f"with {last('01', '--lr 0.5'):.0f} %",
+            f"slow: {last('01', '--lr 0.0005'):.0f} % in the last epoch",
         ],
         "04": [
-            f"ended at {last('04', 'T_max=epochs // 2', 'val_accuracy'):.0f} % validation accuracy, "
-            f"with the right one at {last('04', 'none', 'val_accuracy'):.0f} %"
+            f"ended at {cosine('T_max=epochs // 2'):.0f} % validation accuracy, "
+            f"with the right one at {cosine('none'):.0f} %"
         ],
         "05": [
             f"With `{measured['05']['flags']}`",
-            f"{val('validation augmented', True):.0f} instead of {val('none', True):.0f} % for the network with",
-            f"{val('validation augmented', False):.0f} instead of {val('none', False):.0f} % for the one without",
-            f"{last('05', 'transformed once, with augmentation'):.0f} % on training images and "
-            f"{val('transformed once', True):.0f} % on validation images",
-            f"it is {last('05', 'none, with augmentation'):.0f} and {val('none', True):.0f} %",
+            f"{augmented('validation augmented'):.0f} instead of {augmented('none'):.0f} % for the network with",
+            f"{plain('validation augmented'):.0f} instead of {plain('none'):.0f} % for the one without",
+            f"{augmented('transformed once', 'train_accuracy'):.0f} % on training images and "
+            f"{augmented('transformed once'):.0f} % on validation images",
+            f"it is {augmented('none', 'train_accuracy'):.0f} and {augmented('none'):.0f} %",
         ],
     }
     for lesson, sentences in expected.items():

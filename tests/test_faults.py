@@ -248,6 +248,7 @@ def test_no_arguments_bring_a_traceback(finished, lessons, tmp_path, monkeypatch
 KILLED = """
 import os, runpy, signal, sys
 lesson, at, *flags = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored
 fsync, writes = os.fsync, 0
 def fsync_or_die(file):
     global writes

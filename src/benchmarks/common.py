@@ -85,6 +85,13 @@ def in_words(figures, digits):
     return f"{figures['median']:,.{digits}f} ({figures['min']:,.{digits}f} to {figures['max']:,.{digits}f})"
 
 
+def median_and_each(values):
+    """Return the median and every value as text. None is shown as "-" and has no part in the median."""
+    known = [value for value in values if value is not None]
+    median = f"{np.median(known):.1f}" if known else "-"
+    return f"{median} ({', '.join('-' if value is None else f'{value:.1f}' for value in values)})"
+
+
 def describe_machine():
     """Return what the figures depend on, in words and plain numbers: processor, cores, versions."""
     processor = platform.processor()

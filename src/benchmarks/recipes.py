@@ -138,7 +138,7 @@ def main(argv=None):
     print("Best validation accuracy in percent, mean and every seed:")
     for name in args.ways:
         values = [accuracy[name][str(seed)] for seed in args.seeds]
-        print(f"  {name:50} {statistics.mean(values):.2f}  ({', '.join(f'{value:.2f}' for value in values)})")
+        print(f"  {name:66} {statistics.mean(values):.2f}  ({', '.join(f'{value:.2f}' for value in values)})")
 
 
 if __name__ == "__main__":

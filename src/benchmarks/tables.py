@@ -12,7 +12,7 @@ import os
 import re
 import statistics
 
-from common import LESSONS, ROOT, machine_in_words
+from common import LESSONS, ROOT, machine_in_words, median_and_each
 
 FIGURES = ["results", "throughput", "group_size", "processes", "time_to_accuracy", "recipes"]
 GUIDES = sorted([*ROOT.glob("*.md"), *LESSONS.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -313,12 +313,9 @@ def time_table(report, say):
         return "..."  # not measured yet
     rows = []
     for name, figures in report["ways"].items():
-        minutes = [value for value in figures["minutes"] if value is not None]
-        median = f"{statistics.median(minutes):.1f}" if minutes else "-"
-        each = ", ".join("-" if value is None else f"{value:.1f}" for value in figures["minutes"])
         epochs = ", ".join(str(count) for count in figures["epochs"])
         ratio = median_and_range(figures["time_per_epoch"], 2)
-        rows.append([say(name.replace("lesson", "this course")), f"{median} ({each})", epochs, ratio])
+        rows.append([say(name.replace("lesson", "this course")), median_and_each(figures["minutes"]), epochs, ratio])
     minutes = say("minutes to {} %").format(f"{report['goal']:g}")
     return table([say("way"), minutes, say("epochs"), say("time for an epoch, ratio")], rows)
 

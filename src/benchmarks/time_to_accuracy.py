@@ -15,7 +15,6 @@ alike. The time to the goal is the sum of a training's own epochs, up to the fir
 
 import argparse
 import importlib.util
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from common import (
     in_words,
     load_lesson,
     machine_in_words,
+    median_and_each,
     run_script,
     spread,
     write_json,
@@ -180,13 +180,9 @@ def print_report(report):
     """Print the figures of summarize(), a line for every way."""
     print(f"Minutes of training to {report['goal']:g} % validation accuracy, seeds {report['seeds']}:")
     for name, figures in report["ways"].items():
-        reached = [minutes for minutes in figures["minutes"] if minutes is not None]
-        each = ", ".join("-" if minutes is None else f"{minutes:.1f}" for minutes in figures["minutes"])
-        median = f"{statistics.median(reached):.1f}" if reached else "-"
-        print(
-            f"  {name:24} {median:>5} ({each}), after {figures['epochs']} epochs; time for an epoch", end=""
-        )
-        print(f" against the lesson: {in_words(figures['time_per_epoch'], 2)}")
+        minutes, ratio = median_and_each(figures["minutes"]), in_words(figures["time_per_epoch"], 2)
+        print(f"  {name:24} {minutes}, after {figures['epochs']} epochs; ", end="")
+        print(f"time for an epoch against the lesson: {ratio}")
 
 
 def build_parser():

@@ -12,8 +12,8 @@ instructions for it, bfloat16 is 1.5 times as fast as float32, and the lesson ta
 them it is 11 times slower, and that takes 5 minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to 44). It
 writes mixed_precision.png to artifacts/, and checkpoints and curves as lesson 04 does.
 
-Exercises: 1. How fast is float16 here (--precisions float32 float16 --subset 500 --epochs 2), and what is its
-LossScale in TensorBoard? 2. Take out scaler.unscale_(optimizer), and train float16 again.
+Exercises: 1. --precisions float32 float16 --subset 500 --epochs 2 --output-dir quick: how fast is float16,
+and what is its LossScale in TensorBoard? 2. Take out scaler.unscale_(optimizer), and train float16 again.
 """
 
 import argparse

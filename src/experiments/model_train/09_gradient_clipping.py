@@ -12,8 +12,8 @@ norm clipped, 36 to 44 % without danger, in 8 minutes (2 CPU cores, JPEG copy of
 which differ more than elsewhere: a training at its limit hangs on chance). It writes gradient_clipping.png to
 artifacts/, and a run for each training to tensor_board/.
 
-Exercises: 1. Choose --max-norm by the quantiles that are printed, so that 1 step in 100 is clipped: which
-dangers does it still mend? 2. Write if norms[-1].isfinite(): before optimizer.step(): which does that mend?
+Exercises: 1. With --output-dir quick, choose --max-norm by the quantiles that are printed, so that 1 step in
+100 is clipped. What does it still mend? 2. Write if norms[-1].isfinite(): before optimizer.step(). And now?
 """
 
 import argparse
