@@ -74,8 +74,8 @@ def test_a_spread_is_median_least_and_greatest():
 
 def test_a_median_is_of_what_was_reached():
     assert common.median_and_each([1.0, 3.24, 2.0]) == "2.0 (1.0, 3.2, 2.0)"
-    assert common.median_and_each([4.0, None, 5.0]) == "4.5 (4.0, -, 5.0)"
-    assert common.median_and_each([None]) == "- (-)"
+    assert common.median_and_each([4.0, None, 5.0]) == "5.0 (4.0, -, 5.0)", "the third takes longer than both"
+    assert common.median_and_each([None, 4.0, None]) == "- (-, 4.0, -)"
 
 
 def test_the_machine_is_this_one():
@@ -903,11 +903,13 @@ TIMES = {
         "lesson": {
             "minutes": [1.0, 3.0, 2.0],
             "epochs": [4, 5, 4],
+            "accuracy": [75.0, 76.0, 77.0],
             "time_per_epoch": {"median": 1.0, "min": 1.0, "max": 1.0},
         },
         "Keras": {
             "minutes": [4.0, None, 5.0],
             "epochs": [5, 6, 6],
+            "accuracy": [75.1, 74.94, 75.3],
             "time_per_epoch": {"median": 2.0, "min": 1.5, "max": 2.5},
         },
     },
@@ -916,9 +918,9 @@ TIMES = {
 
 def test_table_of_times_shows_what_never_got_there():
     assert cells(tables.time_table(TIMES, tables.words("en"))) == [
-        ["way", "minutes to 75 %", "epochs", "time for an epoch, ratio"],
-        ["this course", "2.0 (1.0, 3.0, 2.0)", "4, 5, 4", "1.00 (1.00 - 1.00)"],
-        ["Keras", "4.5 (4.0, -, 5.0)", "5, 6, 6", "2.00 (1.50 - 2.50)"],
+        ["way", "minutes to 75 %", "epochs", "accuracy after them", "time for an epoch, ratio"],
+        ["this course", "2.0 (1.0, 3.0, 2.0)", "4, 5, 4", "75.00, 76.00, 77.00 %", "1.00 (1.00 - 1.00)"],
+        ["Keras", "5.0 (4.0, -, 5.0)", "5, 6, 6", "75.10, 74.94, 75.30 %", "2.00 (1.50 - 2.50)"],
     ]
     assert tables.time_table(None, tables.words("en")) == "...", "not measured yet"
 
@@ -1210,7 +1212,9 @@ def test_time_to_accuracy_runs(monkeypatch, tmp_path, capsys):
     for name, figures in report["ways"].items():
         assert len(figures["minutes"]) == 2
         minutes, ratio = common.median_and_each(figures["minutes"]), figures["time_per_epoch"]
-        line = f"  {name:24} {minutes}, after {figures['epochs']} epochs; time for an epoch against the lesson: "
+        line = (
+            f"  {name:24} {minutes}, after {figures['epochs']} epochs; time for an epoch against the lesson: "
+        )
         assert f"{line}{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})\n" in printed
     with pytest.raises(SystemExit, match="ReduceLROnPlateau is none of Constant, StepLR"):
         time_to_accuracy.main(["--schedule", "ReduceLROnPlateau"])
@@ -1317,12 +1321,13 @@ def test_curves_are_what_a_lesson_prints(finished):
             assert printed[curve] == pytest.approx([value for _, value in drawn[tag]], abs=0.0051), arm
     [(arm, printed)] = mistakes.curves(finished("01").output).items()
     assert arm == "" and list(printed) == ["train_loss", "train_accuracy"]
-    assert f"train loss {printed['train_loss'][-1]:.4f}, acc {printed['train_accuracy'][-1]:5.2f} %" in (
-        finished("01").output.split("Epoch")[-1]
+    assert (
+        f"train loss {printed['train_loss'][-1]:.4f}, acc {printed['train_accuracy'][-1]:5.2f} %"
+        in (finished("01").output.split("Epoch")[-1])
     )
 
 
-MISTAKEN = """
+MISTAKEN = r"""
 import sys
 from pathlib import Path
 with Path(__file__).with_name("calls.txt").open("a") as file:
@@ -1358,6 +1363,8 @@ def test_mistakes_are_made_in_a_copy_of_the_lesson(tmp_path, capsys):
     assert [call for call in calls if "--lr 0.0005" in call] == calls[-1:]
     assert "  no zero_grad" in capsys.readouterr().out
     launcher.write_text("import sys; sys.exit('no photographs')", encoding="utf-8")
-    with pytest.raises(SystemExit, match="01_basic_training.py with the mistake 'none' failed:\nno photographs"):
+    with pytest.raises(
+        SystemExit, match="01_basic_training.py with the mistake 'none' failed:\nno photographs"
+    ):
         mistakes.main(list(map(str, [*flags, "--data-dir", tmp_path])))
     assert read_json(path)["01"], "the figures that were there are still there"

@@ -86,10 +86,12 @@ def in_words(figures, digits):
 
 
 def median_and_each(values):
-    """Return the median and every value as text. None is shown as "-" and has no part in the median."""
-    known = [value for value in values if value is not None]
-    median = f"{np.median(known):.1f}" if known else "-"
-    return f"{median} ({', '.join('-' if value is None else f'{value:.1f}' for value in values)})"
+    """Return the median and every value as text. None, shown as "-", stands for more than any number."""
+    values = [float("inf") if value is None else value for value in values]
+    median, *each = [
+        "-" if value == float("inf") else f"{value:.1f}" for value in [np.median(values), *values]
+    ]
+    return f"{median} ({', '.join(each)})"
 
 
 def describe_machine():

@@ -1,6 +1,8 @@
-"""Measure what the common mistakes on the pages of lessons 01, 04 and 05 cost: each is made in a copy of the lesson.
+"""Measure what the common mistakes on the pages of lessons 01, 04 and 05 cost.
 
-    python src/benchmarks/mistakes.py --json docs/mistakes.json    # about ten minutes on 2 CPU cores
+    python src/benchmarks/mistakes.py --json docs/mistakes.json    # about six minutes on 2 CPU cores
+
+Each mistake is made in a copy of the lesson, which is run with the flags of its page.
 """
 
 import argparse
@@ -117,9 +119,7 @@ def main(argv=None):
         print(f"Lesson {number}, {report[number]['flags']}, the last epoch in percent:")
         for mistake in MISTAKES[number]:
             for arm, found in report[number][mistake].items():
-                last = ", ".join(
-                    f"{curve.split('_')[0]} {found[curve][-1]:.2f}" for curve in list(found)[1:]
-                )
+                last = ", ".join(f"{curve.split('_')[0]} {found[curve][-1]:.2f}" for curve in list(found)[1:])
                 print(f"  {mistake:24} {arm:30} {last}")
     if args.json:
         write_json(args.json, report)

@@ -76,6 +76,7 @@ CHINESE = {
     "{} %": "{}%",
     "minutes to {} %": "达到 {}% 的分钟数",
     "epochs": "epoch 数",
+    "accuracy after them": "那时的准确率",
     "time for an epoch, ratio": "每个 epoch 的时间之比",
     "Keras": "Keras",
     "difference": "差别",
@@ -314,10 +315,12 @@ def time_table(report, say):
     rows = []
     for name, figures in report["ways"].items():
         epochs = ", ".join(str(count) for count in figures["epochs"])
-        ratio = median_and_range(figures["time_per_epoch"], 2)
-        rows.append([say(name.replace("lesson", "this course")), median_and_each(figures["minutes"]), epochs, ratio])
+        accuracy = say("{} %").format(", ".join(f"{value:.2f}" for value in figures["accuracy"]))
+        name, minutes = say(name.replace("lesson", "this course")), median_and_each(figures["minutes"])
+        rows.append([name, minutes, epochs, accuracy, median_and_range(figures["time_per_epoch"], 2)])
     minutes = say("minutes to {} %").format(f"{report['goal']:g}")
-    return table([say("way"), minutes, say("epochs"), say("time for an epoch, ratio")], rows)
+    last = [say(word) for word in ["epochs", "accuracy after them", "time for an epoch, ratio"]]
+    return table([say("way"), minutes, *last], rows)
 
 
 def recipes_table(report, say):
