@@ -3,8 +3,8 @@
 import importlib
 import json
 import re
-import statistics
 import shlex
+import statistics
 
 import pytest
 import tables
