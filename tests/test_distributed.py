@@ -46,8 +46,10 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, original=lesson.train_one_epoch):
-    if rank == 1 and run == 0 and attempt == 0 and epoch == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if run == 0 and attempt == 0 and epoch == 3:
+        dist.barrier()  # now both have written what they saw in epoch 2
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
     if rank == 1 and run == 2:
         os._exit(7)
     seen = {"run": run, "epoch": epoch, "seed": torch.initial_seed(), "loss": 0.0, "correct": 0}
