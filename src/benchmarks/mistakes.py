@@ -1,6 +1,6 @@
 """Measure what the common mistakes on the pages of lessons 01, 04 and 05 cost.
 
-    python src/benchmarks/mistakes.py --json docs/mistakes.json    # about six minutes on 2 CPU cores
+    python src/benchmarks/mistakes.py --json docs/mistakes.json    # about ten minutes on 2 CPU cores
 
 Each mistake is made in a copy of the lesson, which is run with the flags of its page.
 """
@@ -57,9 +57,11 @@ VALIDATION = r"(?:.*val loss [\d.]+, acc +(?P<val_accuracy>[\d.]+) %)?"
 
 def with_mistake(source, old, new):
     """Return the source of a lesson with its one place that reads old changed to new."""
-    if old and source.count(old) != 1:
+    if (old, new) == NONE:
+        return source
+    if source.count(old) != 1:
         raise ValueError(f"{old!r} is not exactly once in the lesson.")
-    return source.replace(old, new) if old else source
+    return source.replace(old, new)
 
 
 def curves(output):
@@ -83,7 +85,7 @@ def run(number, mistake, args):
         source = with_mistake(lesson.read_text(encoding="utf-8"), *MISTAKES[number][mistake])
         copy.write_text(source, encoding="utf-8")
         command = [sys.executable, *([str(args.launcher)] if args.launcher else []), str(copy)]
-        command += (args.flags or FLAGS[number]).split() + (mistake.split() if mistake[0] == "-" else [])
+        command += FLAGS[number].split() + (mistake.split() if mistake[0] == "-" else [])
         command += ["--seed", str(SEED), "--output-dir", folder, "--data", args.data]
         command += ["--data-dir", str(args.data_dir.resolve())]
         process = subprocess.run(command, capture_output=True, encoding="utf-8")
@@ -97,7 +99,6 @@ def build_parser():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--lessons", nargs="+", choices=list(MISTAKES), default=list(MISTAKES), help="whose mistakes")
-    add("--flags", help="for every lesson; those of its page if they are not given")
     add("--data", default="cifar10", help="as in the lessons")
     add("--data-dir", type=Path, default=ROOT / "data", help="as in the lessons")
     add("--data-name", default="CIFAR-10", help="what the file calls the data")
@@ -113,10 +114,10 @@ def main(argv=None):
     todo = [(number, mistake) for number in args.lessons for mistake in MISTAKES[number]]
     for number, mistake in tqdm(todo, unit="run", disable=None):
         arms = run(number, mistake, args)
-        report.setdefault(number, {"flags": args.flags or FLAGS[number]})[mistake] = arms
+        report.setdefault(number, {"flags": FLAGS[number]})[mistake] = arms
     print(machine_in_words(machine))
     for number in args.lessons:
-        print(f"Lesson {number}, {report[number]['flags']}, the last epoch in percent:")
+        print(f"Lesson {number}, {FLAGS[number]}, the last epoch in percent:")
         for mistake in MISTAKES[number]:
             for arm, found in report[number][mistake].items():
                 last = ", ".join(f"{curve.split('_')[0]} {found[curve][-1]:.2f}" for curve in list(found)[1:])

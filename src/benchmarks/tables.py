@@ -316,11 +316,11 @@ def time_table(report, say):
     for name, figures in report["ways"].items():
         epochs = ", ".join(str(count) for count in figures["epochs"])
         accuracy = say("{} %").format(", ".join(f"{value:.2f}" for value in figures["accuracy"]))
-        name, minutes = say(name.replace("lesson", "this course")), median_and_each(figures["minutes"])
-        rows.append([name, minutes, epochs, accuracy, median_and_range(figures["time_per_epoch"], 2)])
-    minutes = say("minutes to {} %").format(f"{report['goal']:g}")
+        minutes, ratio = median_and_each(figures["minutes"]), median_and_range(figures["time_per_epoch"], 2)
+        rows.append([say(name.replace("lesson", "this course")), minutes, epochs, accuracy, ratio])
+    to_goal = say("minutes to {} %").format(f"{report['goal']:g}")
     last = [say(word) for word in ["epochs", "accuracy after them", "time for an epoch, ratio"]]
-    return table([say("way"), minutes, *last], rows)
+    return table([say("way"), to_goal, *last], rows)
 
 
 def recipes_table(report, say):

@@ -12,7 +12,7 @@ the seeds 42 to 44, JPEG copy of CIFAR-10), in 19 minutes (2 CPU cores). It writ
 and checkpoints and curves as lesson 04 does.
 
 Exercises: 1. Try --subset 2000 --epochs 10 --output-dir quick: augmentation loses by 2 points. Images that
-are harder to learn need more training. 2. Try --group-size 1 --epochs 1 --output-dir quick: it is slow.
+are harder to learn need more training. 2. Try --group-size 1 --epochs 1 --output-dir quick: varied, but slow.
 """
 
 import argparse

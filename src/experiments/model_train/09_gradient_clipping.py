@@ -13,7 +13,7 @@ which differ more than elsewhere: a training at its limit hangs on chance). It w
 artifacts/, and a run for each training to tensor_board/.
 
 Exercises: 1. With --output-dir quick, choose --max-norm by the quantiles that are printed, so that 1 step in
-100 is clipped. What does it still mend? 2. Write if norms[-1].isfinite(): before optimizer.step(). And now?
+100 is clipped: what does it still mend? 2. Write if norms[-1].isfinite(): before optimizer.step(): and that?
 """
 
 import argparse
