@@ -574,6 +574,30 @@ def test_gaps_of_lesson_05_are_those_it_prints(tmp_path):
     }
 
 
+def test_rules_of_lesson_08_are_those_it_prints(lessons, finished, tmp_path):
+    output = """
+What each rule makes of this training, of at most 6 epochs (0.32 minutes each):
+  watches       patience  stops after  brings back  saves         accuracy  loses
+  Loss/val             1     epoch  2     epoch  1   1.3 minutes   50.00 %  25.00 points
+  Accuracy/val         1     epoch  {}     epoch {:2}   1.0 minutes   75.00 %   0.00 points
+  Accuracy/val         3    not in  3     epoch  2   1.0 minutes   75.00 %   0.00 points
+"""
+    # Stopped while it drew the picture, and resumed: the second table counts.
+    folder = run_folder(tmp_path / "run", output.format(2, 1) + output.format(3, 12))
+    write_run(folder / "tensor_board" / "08_early_stopping" / "cifar10_run_1", [50, 75, 62.5], [1, 2, 4])
+    [arm] = results.collect("08", folder).values()
+    assert arm["rules"] == {
+        "Loss/val 1": {"stops_after": 2, "brings_back": 1, "saved_epochs": 4, "lost_points": 25},
+        "Accuracy/val 1": {"stops_after": 3, "brings_back": 12, "saved_epochs": 3, "lost_points": 0},
+        "Accuracy/val 3": {"stops_after": None, "brings_back": 2, "saved_epochs": 3, "lost_points": 0},
+    }
+    run = finished("08")
+    shutil.copytree(run.folder, run_folder(tmp_path / "other", run.output), dirs_exist_ok=True)
+    [arm] = results.collect("08", tmp_path / "other").values()
+    rules = [f"{curve} {patience}" for curve in lessons["08"].WATCHED for patience in lessons["08"].PATIENCES]
+    assert list(arm["rules"]) == rules
+
+
 def test_results_of_lesson_09_are_of_the_last_epoch(tmp_path):
     folder = run_folder(tmp_path / "run")
     runs = folder / "tensor_board" / "09_gradient_clipping" / "cifar10_run_1"
@@ -869,6 +893,23 @@ def test_table_of_transfer_has_every_draw_of_every_seed():
     assert tables.transfer_table(ENTRIES, tables.words("en")) == "...", "not measured yet"
 
 
+def test_table_of_rules_has_every_seed():
+    def with_rules(seed, stops_after, lost):
+        rule = {"stops_after": stops_after, "brings_back": 2, "saved_epochs": 0, "lost_points": lost}
+        found = entry("08", seed, **{"": (72.0, 27.0)})
+        found["arms"][""]["rules"] = {"Loss/val 1": rule, "Accuracy/val 5": rule | {"saved_epochs": 13}}
+        return found
+
+    found = [with_rules(43, None, 0.0), with_rules(42, 3, 11.46)]
+    assert cells(tables.rules_table(found, tables.words("en"))) == [
+        ["watches", "patience", "stops after epoch", "brings back", "saved", "lost"],
+        ["`Loss/val`", "1", "3, -", "2, 2", "0, 0", "11.46, 0.00"],
+        ["`Accuracy/val`", "5", "3, -", "2, 2", "13, 13", "11.46, 0.00"],
+    ]
+    assert tables.rules_table(ENTRIES, tables.words("en")) == "...", "not measured yet"
+    assert "| 看的指标 | 耐心值 |" in tables.rules_table(found, tables.words("zh"))
+
+
 def test_table_of_splits_has_promise_and_truth():
     entries = [
         {"lesson": "11", "seed": seed, "arms": {"by_file": {"val_accuracy": promise, "test_accuracy": 40.0}}}
@@ -977,6 +1018,9 @@ def test_every_table_goes_between_its_own_markers(measured):
         "group size": tables.group_size_table(GROUP_SIZES, say),
         "transfer": "...",
         "splits": "...",
+        "rules": "...",
+        "clipping": "...",
+        "precisions": "...",
         "processes": tables.processes_table(PROCESSES, say),
         "processes machine": f"Measured on {MACHINE_IN_WORDS}; data: random images.",
         "recipes": tables.recipes_table(RECIPES, say),

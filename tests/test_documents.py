@@ -230,6 +230,141 @@ def test_no_quick_look_and_no_exercise_touches_a_full_run(document):
             assert "--output-dir quick" in flags or "--subset 50000" in flags, flags
 
 
+def test_what_a_docstring_promises_is_what_was_measured():
+    entries = json.loads(read(ROOT / "docs" / "results.json"))
+
+    def values(number, arm="", key="val_accuracy"):
+        return [entry["arms"][arm][key] for entry in entries if entry["lesson"] == number]
+
+    def mean(number, arm="", key="val_accuracy"):
+        return f"{statistics.mean(values(number, arm, key)):.1f}"
+
+    def within(found, digits=1):
+        return f"{min(found):.{digits}f} to {max(found):.{digits}f}"
+
+    def minutes(number):
+        seconds = [entry["seconds"] for entry in entries if entry["lesson"] == number and entry["seconds"]]
+        return f"{statistics.median(seconds) / 60:.0f} minutes (2 CPU cores"
+
+    def clipped(dangers, clippings):
+        runs = [f"{danger}_clipping_{clipping}" for danger in dangers for clipping in clippings]
+        return [value for run in runs for value in values("09", run)]
+
+    def draws(arm, count):
+        found = [draw for entry in values("10", f"{arm}_{count}", "draws") for draw in entry]
+        return f"{statistics.mean(found):.1f}"
+
+    arms = {arm for entry in entries if entry["lesson"] == "04" for arm in entry["arms"]}
+    schedules = [statistics.mean(values("04", arm)) for arm in arms - {"Constant"}]
+    rules = [rule for found in values("08", key="rules") for name, rule in found.items() if "Loss" in name]
+    stops = within([rule["stops_after"] for rule in rules], 0)
+    lost = within([rule["lost_points"] for rule in rules], 0)
+    faulty, counts = ["rate_x_4", "images_x_255"], [10, 50, 250]
+    scratch = [draws("scratch", count) for count in counts]
+    frozen = [draws("new_linear_layers", count) for count in counts]
+    promises = {
+        "01": [f"{values('01', key='train_accuracy')[0]:.0f} % training accuracy in {minutes('01')}"],
+        "02": [f"Expect {within(values('02'))} % validation accuracy"],
+        "03": [f"{mean('03')} % validation accuracy"],
+        "04": [
+            f"Expect {within(schedules)} % validation accuracy with the schedules and {mean('04', 'Constant')} %",
+            f"in {minutes('04')}",
+        ],
+        "05": [
+            f"Expect {mean('05', 'with_augmentation')} % validation accuracy with augmentation, "
+            f"{mean('05', 'with_augmentation_and_dropout')} % with dropout as well, "
+            f"and {mean('05', 'without_augmentation')} % without",
+            f"in {minutes('05')}",
+        ],
+        "06": [f"Expect {mean('06', key='test_accuracy')} % test accuracy", f"in {minutes('06')}"],
+        "07": [
+            f"Expect {within(values('07', 'float32'))} % validation accuracy in float32 "
+            f"and {within(values('07', 'bfloat16'))} % in bfloat16"
+        ],
+        "08": [
+            f"Expect {within(values('08'))} % validation",
+            f"watch the loss stop after epoch {stops}, and lose {lost} points. It takes {minutes('08')}",
+        ],
+        "09": [
+            f"{within(clipped(faulty, ['none']), 0)} % validation accuracy where rate or images are faulty, "
+            f"{within(clipped(faulty, ['norm']), 0)} % with the norm clipped, "
+            f"{within(clipped(['none'], ['none', 'norm', 'value']), 0)} % without danger, in {minutes('09')}"
+        ],
+        "10": [
+            f"{scratch[0]}, {scratch[1]} and {scratch[2]} % from scratch, "
+            f"and {frozen[0]}, {frozen[1]} and {frozen[2]} % with frozen convolutions",
+            f"after {minutes('10')}",
+        ],
+        "11": [
+            f"Expect {mean('11', 'by_file')} % validation accuracy by file "
+            f"but {mean('11', 'by_file', 'test_accuracy')} % on new scenes; by group, "
+            f"{mean('11', 'by_group')} and {mean('11', 'by_group', 'test_accuracy')} %"
+        ],
+        "12": [f"Expect {mean('12')} % validation accuracy in one process"],
+    }
+    for number, sentences in promises.items():
+        docstring = " ".join(read(PATHS[number]).split('"""')[1].split())
+        for sentence in sentences:
+            assert sentence in docstring, f"lesson {number}: {sentence}"
+
+
+def test_pages_08_and_09_say_what_was_measured():
+    """Their printed output is of seed 42; the Chinese pages have the same figures as these."""
+    entries = json.loads(read(ROOT / "docs" / "results.json"))
+    runs = {number: [entry for entry in entries if entry["lesson"] == number] for number in ["08", "09"]}
+    page = read(PATHS["08"].with_suffix(".md"))
+    arm = runs["08"][0]["arms"][""]
+    epochs, accuracy = arm["epochs"], arm["val_accuracy"]
+    assert f"Brought back: epoch {arm['best_epoch']} of {epochs}, with {accuracy:.2f} % on the" in page
+    for name, rule in arm["rules"].items():
+        curve, patience = name.split()
+        stops = f"epoch {rule['stops_after']:2}" if rule["stops_after"] else f"not in {epochs}"
+        row = f"  {curve:12}  {patience:>8}  {stops:>11}     epoch {rule['brings_back']:2} .* (.*) %  (.*) points"
+        [(found, lost)] = re.findall(row, page)
+        assert float(lost) == rule["lost_points"]
+        assert float(found) == pytest.approx(accuracy - rule["lost_points"], abs=0.011)
+
+    def within(watched, key):
+        rules = [entry["arms"][""]["rules"] for entry in runs["08"]]
+        values = [rule[key] for found in rules for name, rule in found.items() if name in watched]
+        return f"{min(values):.0f} to {max(values):.0f}"
+
+    watching_loss = [name for name in arm["rules"] if name.startswith("Loss")]
+    lost = within(watching_loss, "lost_points")
+    assert f"an epoch from {within(watching_loss, 'brings_back')} and lose {lost} points" in page
+    hasty = within(["Accuracy/val 1", "Accuracy/val 2"], "lost_points")
+    assert f"loses {hasty} points here or saves nothing" in " ".join(page.split())
+    saved = within(watching_loss, "saved_epochs")
+    assert f"the loss saves {saved} epochs and loses {lost} points" in page
+    assert within(["Accuracy/val 3", "Accuracy/val 5"], "saved_epochs") == "0 to 0"
+    one, two, three = [entry["arms"][""]["rules"]["Loss/val 5"]["brings_back"] for entry in runs["08"]]
+    assert f"has its minimum in epoch {one}, {two} and {three} (seeds" in page
+    assert f"it loses {within(['Accuracy/val 2'], 'lost_points')} points: the row of" in page
+
+    page = read(PATHS["09"].with_suffix(".md"))
+
+    def values(danger, clipping):
+        run = f"{danger} clipping {clipping}".replace(" ", "_").replace(",", "")
+        return [entry["arms"][run]["val_accuracy"] for entry in runs["09"]]
+
+    for danger in tables.DANGERS:
+        row = "".join(f"{values(danger, clipping)[0]:7.2f} %" for clipping in ["none", "norm", "value"])
+        assert f"\n  {danger:25}{row}\n" in page
+
+    def points(danger, clipping):
+        return statistics.mean(values(danger, clipping))
+
+    high = "BatchNorm, rate x 6"
+    cost = points("BatchNorm, none", "none") - points(high, "none")
+    back = [f"{points(high, clipping) - points(high, 'none'):.0f}" for clipping in ["norm", "value"]]
+    assert f"the high rate costs {cost:.0f} points; clipping the norm brings {back[0]} of them" in (
+        " ".join(page.split())
+    )
+    assert back[0] == back[1], "and clipping by value as many"
+    none, norm = [values("images x 255", clipping)[0] for clipping in ["none", "norm"]]
+    assert f"{none:.2f} % instead of {norm:.2f} %" in page
+
+
 def test_common_mistakes_cost_what_was_measured():
     """Page 01, 04 and 05; the Chinese pages have the same figures as these."""
     measured = json.loads(read(ROOT / "docs" / "mistakes.json"))

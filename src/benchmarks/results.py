@@ -64,6 +64,18 @@ def collect(number, folder):
         arms[""]["top_3_accuracy"] = 100 * report["top_k"]["3"]
         arms[""]["mean_confidence"] = 100 * report["mean_confidence"]
         arms[""]["calibration_error"] = 100 * report["expected_calibration_error"]
+    if number == "08":  # what each rule would have made of the training
+        at_most = int(re.findall(r"of at most (\d+) epochs \(", output)[-1])
+        rule = r"^  (\w+/val) +(\d+) +(?:epoch +(\d+)|not in +\d+) +epoch +(\d+) .* ([\d.]+) points$"
+        arms[""]["rules"] = {
+            f"{curve} {patience}": {
+                "stops_after": int(stop) if stop else None,
+                "brings_back": int(epoch),
+                "saved_epochs": at_most - int(stop or arms[""]["epochs"]),
+                "lost_points": float(lost),
+            }
+            for curve, patience, stop, epoch, lost in re.findall(rule, output, flags=re.MULTILINE)
+        }
     if number == "10":  # an arm's accuracies, by the number of labelled images of a class, are in its report
         report = json.loads((folder / "artifacts" / "transfer_learning.json").read_text(encoding="utf-8"))
         for arm, rows in report["accuracies"].items():

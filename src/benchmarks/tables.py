@@ -41,6 +41,12 @@ CHINESE = {
     "mean": "平均",
     "standard error": "标准误",
     "every seed": "各个种子",
+    "watches": "看的指标",
+    "patience": "耐心值",
+    "stops after epoch": "停在第几个 epoch",
+    "brings back": "回到第几个 epoch",
+    "saved": "节省",
+    "lost": "降低",
     "danger": "异常情况",
     "no clipping": "不裁剪",
     "norm clipped": "裁剪范数",
@@ -225,6 +231,24 @@ def arms_table(results, number, say):
     return table([say(word) for word in [first, "validation accuracy", "gap", "behind the first"]], rows)
 
 
+def rules_table(results, say):
+    """Return the table of lesson 08: what every rule makes of the training of each seed."""
+    entries = pick(results, "08")
+    if not entries:
+        return "..."  # not measured yet
+    rows = []
+    for rule in entries[0]["arms"][""]["rules"]:
+        curve, patience = rule.split()
+        found = [entry["arms"][""]["rules"][rule] for entry in entries]
+        stops = ", ".join(str(figures["stops_after"] or "-") for figures in found)
+        epochs = ", ".join(str(figures["brings_back"]) for figures in found)
+        saved = ", ".join(str(figures["saved_epochs"]) for figures in found)
+        lost = ", ".join(f"{figures['lost_points']:.2f}" for figures in found)
+        rows.append([f"`{curve}`", patience, stops, epochs, saved, lost])
+    header = ["watches", "patience", "stops after epoch", "brings back", "saved", "lost"]
+    return table([say(word) for word in header], rows)
+
+
 def clipping_table(results, say):
     """Return the table of lesson 09: validation accuracy in percent by danger and clipping, over the seeds."""
     entries = pick(results, "09")
@@ -369,6 +393,7 @@ def fill(text, language):
         "schedulers": lambda old: arms_table(results, "04", say),
         "augmentation": lambda old: arms_table(results, "05", say),
         "precisions": lambda old: arms_table(results, "07", say),
+        "rules": lambda old: rules_table(results, say),
         "clipping": lambda old: clipping_table(results, say),
         "transfer": lambda old: transfer_table(results, say),
         "splits": lambda old: splits_table(results, say),

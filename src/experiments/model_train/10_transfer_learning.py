@@ -9,7 +9,7 @@ part of the network, and networks that have seen ImageNet's 1.2 million photogra
     python -m tensorboard.main --logdir tensor_board/10_transfer_learning           # the curves
 
 Expect, with 10, 50 and 250 labelled images of a class, 49.6, 65.1 and 76.1 % from scratch, and 64.4, 74.2 and
-80.2 % with frozen convolutions (mean of seeds 42 to 44, JPEG copy of CIFAR-10) after 5 minutes (2 CPU cores).
+80.2 % with frozen convolutions (mean of seeds 42 to 44, JPEG copy of CIFAR-10) after 4 minutes (2 CPU cores).
 It writes transfer_learning.png and .json to artifacts/, the network of the old task to checkpoints/ there,
 and a folder of curves for each arm to tensor_board/.
 
