@@ -474,7 +474,7 @@ MUTANTS = {
     "state that is no copy": ("8", "early_stopping", "return vars(self).copy()", "return vars(self)"),
     "points lost against the last epoch": ("8", "early_stopping", 'best = max(row["Accuracy/val"] for row in history)', 'best = history[-1]["Accuracy/val"]'),
     "accuracy of the epoch of the stop": ("8", "early_stopping", 'accuracy = history[restored - 1]["Accuracy/val"]', 'accuracy = history[(stop or len(history)) - 1]["Accuracy/val"]'),
-    "minutes saved as if all were": ("8", "early_stopping", "minutes * (epochs - (stop or len(history)))", "minutes * epochs"),
+    "minutes saved as if all were": ("8", "early_stopping", "minutes * (epochs - stop) if stop else 0", "minutes * (epochs - (stop or len(history)))"),
     "stop by the test images": ("8", "early_stopping", "train=False)\n    images, labels = images", "train=True)\n    images, labels = images"),
     "lines at the epochs brought back": ("8", "early_stopping", "x = [stop + 0.1 * number] if stop else []", "x = [restored]"),
     # Lesson 09

@@ -580,7 +580,7 @@ What each rule makes of this training, of at most 6 epochs (0.32 minutes each):
   watches       patience  stops after  brings back  saves         accuracy  loses
   Loss/val             1     epoch  2     epoch  1   1.3 minutes   50.00 %  25.00 points
   Accuracy/val         1     epoch  {}     epoch {:2}   1.0 minutes   75.00 %   0.00 points
-  Accuracy/val         3    not in  3     epoch  2   1.0 minutes   75.00 %   0.00 points
+  Accuracy/val         3    not in  3     epoch  2   0.0 minutes   75.00 %   0.00 points
 """
     # Stopped while it drew the picture, and resumed: the second table counts.
     folder = run_folder(tmp_path / "run", output.format(2, 1) + output.format(3, 12))
@@ -589,7 +589,7 @@ What each rule makes of this training, of at most 6 epochs (0.32 minutes each):
     assert arm["rules"] == {
         "Loss/val 1": {"stops_after": 2, "brings_back": 1, "saved_epochs": 4, "lost_points": 25},
         "Accuracy/val 1": {"stops_after": 3, "brings_back": 12, "saved_epochs": 3, "lost_points": 0},
-        "Accuracy/val 3": {"stops_after": None, "brings_back": 2, "saved_epochs": 3, "lost_points": 0},
+        "Accuracy/val 3": {"stops_after": None, "brings_back": 2, "saved_epochs": 0, "lost_points": 0},
     }
     run = finished("08")
     shutil.copytree(run.folder, run_folder(tmp_path / "other", run.output), dirs_exist_ok=True)

@@ -182,8 +182,8 @@ def test_the_table_says_what_each_rule_would_have_done(lesson, capsys):
         "  Loss/val             5     epoch  8     epoch  3   3.0 minutes   70.00 %   5.00 points",
         "  Accuracy/val         1     epoch  5     epoch  4   7.5 minutes   72.00 %   3.00 points",
         "  Accuracy/val         2     epoch  6     epoch  4   6.0 minutes   72.00 %   3.00 points",
-        "  Accuracy/val         3    not in  8     epoch  7   3.0 minutes   75.00 %   0.00 points",
-        "  Accuracy/val         5    not in  8     epoch  7   3.0 minutes   75.00 %   0.00 points",
+        "  Accuracy/val         3    not in  8     epoch  7   0.0 minutes   75.00 %   0.00 points",
+        "  Accuracy/val         5    not in  8     epoch  7   0.0 minutes   75.00 %   0.00 points",
     ]
 
 

@@ -71,7 +71,7 @@ def collect(number, folder):
             f"{curve} {patience}": {
                 "stops_after": int(stop) if stop else None,
                 "brings_back": int(epoch),
-                "saved_epochs": at_most - int(stop or arms[""]["epochs"]),
+                "saved_epochs": at_most - int(stop or at_most),
                 "lost_points": float(lost),
             }
             for curve, patience, stop, epoch, lost in re.findall(rule, output, flags=re.MULTILINE)

@@ -285,7 +285,7 @@ def print_rules(history, epochs):
         for patience in PATIENCES:
             stop, restored = apply_rule(history, curve, patience)
             words = f"epoch {stop:2}" if stop else f"not in {len(history):2}"
-            saved = minutes * (epochs - (stop or len(history)))
+            saved = minutes * (epochs - stop) if stop else 0
             accuracy = history[restored - 1]["Accuracy/val"]
             print(f"  {curve:12}  {patience:8}  {words:>11}     epoch {restored:2}", end="")
             print(f"  {saved:4.1f} minutes   {accuracy:5.2f} %  {best - accuracy:5.2f} points")
