@@ -235,15 +235,17 @@ def test_frozen_layers_keep_their_mode_and_thaw_nobody_else(lesson):
     assert all(layer.training for layer in model.train().modules())
 
 
-@pytest.mark.parametrize("change", ["module.", "shape"])
+@pytest.mark.parametrize("change", ["module.", "shape", "missing"])
 def test_weights_that_do_not_fit_stop_the_arm(lesson, change):
     """A source whose names all begin with "module." would, with strict=False, leave the network as it was."""
     source = lesson.SimpleCNN(5).state_dict()
     if change == "module.":
         source = {f"module.{key}": weights for key, weights in source.items()}
-    else:
+    elif change == "shape":
         source["conv2.weight"] = torch.zeros(64, 32, 5, 5)
-    with pytest.raises(RuntimeError, match="Unexpected key|size mismatch"):
+    else:
+        del source["bn3.running_var"]
+    with pytest.raises(RuntimeError, match="Unexpected key|size mismatch|Missing key"):
         lesson.make_arm("fine_tuned", source, 5, 0.1, CPU)
 
 

@@ -22,7 +22,7 @@ CHINESE = {
     "validation accuracy": "验证准确率",
     "gap": "差距",
     "behind the first": "落后第一名",
-    " (a tie)": "（差异不显著，视为并列）",
+    " (a tie)": "（视为并列）",
     "{} % on training images": "{}%（训练图片）",
     "{} % on validation images": "{}%（验证图片）",
     "{} % on test images": "{}%（测试图片）",

@@ -178,7 +178,7 @@ SCHEDULERS = {
     "ExponentialLR": lambda optimizer, epochs: lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / epochs)),
     # Half a cosine wave, 0 after the last epoch: a good first choice if the number of epochs is fixed.
     "CosineAnnealingLR": lambda optimizer, epochs: lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs),
-    # Divides it by 5 after an epoch that lowered the validation loss by less than 5 %: if the length is open.
+    # Divides it by 5 after an epoch whose validation loss is not 5 % below the best: if the length is open.
     "ReduceLROnPlateau": lambda optimizer, epochs: lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=0.2, patience=0, threshold=0.05
     ),
@@ -294,7 +294,7 @@ def print_ranking(histories, images, data):
     """Print the arms by their best validation accuracy, measured on that many images of the data."""
     best = {name: max(row["Accuracy/val"] for row in history) for name, history in histories.items()}
     ranking = sorted(best, key=best.get, reverse=True)
-    error = 2**0.5 * standard_error(best[ranking[0]], images)  # of a difference: both of its accuracies stray
+    error = 2**0.5 * standard_error(best[ranking[0]], images)  # of a difference, at most: both stray
     print(f"Best validation accuracy on {images:,} images of {data}; a difference has the", end="")
     print(f" standard error {error:.2f}:")
     for name in ranking:

@@ -189,7 +189,7 @@ def print_ranking(histories, images, data):
     """Print the arms by their best validation accuracy, measured on that many images of the data."""
     best = {name: max(row["Accuracy/val"] for row in history) for name, history in histories.items()}
     ranking = sorted(best, key=best.get, reverse=True)
-    error = 2**0.5 * standard_error(best[ranking[0]], images)  # of a difference: both of its accuracies stray
+    error = 2**0.5 * standard_error(best[ranking[0]], images)  # of a difference, at most: both stray
     print(f"Best validation accuracy on {images:,} images of {data}; a difference has the", end="")
     print(f" standard error {error:.2f}:")
     for name in ranking:

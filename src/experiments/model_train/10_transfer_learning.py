@@ -269,10 +269,10 @@ def make_arm(name, source, num_classes, lr, device):
     """Return the arm's network, source (a state dict) in its old layers, and the optimizer of what learns."""
     new_layers, share = ARMS[name]
     model = TransferCNN(num_classes).to(device)
-    old = {key: weights for key, weights in source.items() if key.split(".")[0] not in new_layers}
+    new = {key: weights for key, weights in model.state_dict().items() if key.split(".")[0] in new_layers}
     # Strict, as it is by default, it stops at a name or a shape that does not fit. With strict=False it would
     # take over whatever fits, even if that is nothing.
-    model.load_state_dict(model.state_dict() | old)
+    model.load_state_dict(source | new)
     if share == 0:
         model.freeze([layer for layer, _ in model.named_children() if layer not in new_layers])
     # The optimizer gets what learns, with a learning rate for each layer. A layer that is thawed later has to

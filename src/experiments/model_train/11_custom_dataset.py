@@ -205,7 +205,7 @@ class PictureFolder(Dataset):
 
     torchvision has this ready-made, with the same images and labels if it is given the functions above:
         ImageFolder(folder, loader=read_picture, transform=to_pixels)
-    Left alone, it turns no picture upright and puts none on white; the first broken file ends the training.
+    Its own loader turns no picture upright. It keeps copies, and the first broken file ends the training.
     """
 
     def __init__(self, folder, names, class_to_idx):

@@ -12,8 +12,8 @@ LESSON is src/experiments/model_train/12_distributed.py. python -m torch.distrib
 option --max-restarts=3 a run in which a process dies goes on after the last saved epoch.
 
 Expect 75.0 % validation accuracy in one process, 75.0 % in two, after 4 minutes (mean of seeds 42 to 44,
-JPEG copy of CIFAR-10, 2 CPU cores): without BatchNorm their weights would be the same up to rounding. Process
-0 writes what lesson 03 writes, to artifacts/checkpoints/12_distributed/<data>_run_N/ and tensor_board/.
+JPEG copy of CIFAR-10, 2 CPU cores): after ten steps without BatchNorm their weights agree. Process 0 writes
+what lesson 03 writes, to artifacts/checkpoints/12_distributed/<data>_run_N/ and tensor_board/.
 
 Exercises: 1. Write nn.Identity() for the three BatchNorms: the losses of one and two processes now agree.
 2. Start two with --max-restarts=3 and end one (kill -9): the losses are those of a run left alone.
@@ -174,7 +174,7 @@ def join_processes(device):
 
     torchrun starts the same script N times, and tells each by environment variables its rank (0 to N - 1) and
     where to meet. From then on they talk by collectives, functions that all must call, in the same order: if
-    one leaves a call out, the others wait.
+    one leaves a call out, the others wait, or get wrong sums.
     """
     backend = "gloo"  # what carries the messages: gloo between CPUs, nccl between GPUs
     if device.type == "cuda":
