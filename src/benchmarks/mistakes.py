@@ -1,6 +1,6 @@
 """Measure what the common mistakes on the pages of lessons 01, 04 and 05 cost.
 
-    python src/benchmarks/mistakes.py --json docs/mistakes.json    # about ten minutes on 2 CPU cores
+    python src/benchmarks/mistakes.py --json docs/mistakes.json    # about five minutes on 2 CPU cores
 
 Each mistake is made in a copy of the lesson, which is run with the flags of its page.
 """
