@@ -44,6 +44,21 @@ def read(path):
     return path.read_text(encoding="utf-8")
 
 
+def unwrapped(path):
+    """Return a document's text without its line breaks, in which a sentence can be looked for."""
+    return " ".join(read(path).split())
+
+
+def measured(name):
+    """Return what docs/NAME.json holds."""
+    return json.loads(read(ROOT / "docs" / f"{name}.json"))
+
+
+def within(values, digits=0):
+    """Return the least and the greatest of the values, in the words of the guides."""
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
 def english_twin(path):
     return path.with_name(path.name.replace(".zh-CN.md", ".md"))
 
@@ -231,43 +246,40 @@ def test_no_quick_look_and_no_exercise_touches_a_full_run(document):
 
 
 def test_what_a_docstring_promises_is_what_was_measured():
-    entries = json.loads(read(ROOT / "docs" / "results.json"))
+    results = measured("results")
 
     def values(number, arm="", key="val_accuracy"):
-        return [entry["arms"][arm][key] for entry in entries if entry["lesson"] == number]
+        return [entry["arms"][arm][key] for entry in tables.pick(results, number)]
 
     def mean(number, arm="", key="val_accuracy"):
         return f"{statistics.mean(values(number, arm, key)):.1f}"
 
-    def within(found, digits=1):
-        return f"{min(found):.{digits}f} to {max(found):.{digits}f}"
-
     def minutes(number):
-        seconds = [entry["seconds"] for entry in entries if entry["lesson"] == number and entry["seconds"]]
+        seconds = [entry["seconds"] for entry in tables.pick(results, number) if entry["seconds"]]
         return f"{statistics.median(seconds) / 60:.0f} minutes (2 CPU cores"
 
     def clipped(dangers, clippings):
-        runs = [f"{danger}_clipping_{clipping}" for danger in dangers for clipping in clippings]
+        runs = [tables.clipping_run(danger, clipping) for danger in dangers for clipping in clippings]
         return [value for run in runs for value in values("09", run)]
 
     def draws(arm, count):
         found = [draw for entry in values("10", f"{arm}_{count}", "draws") for draw in entry]
         return f"{statistics.mean(found):.1f}"
 
-    arms = {arm for entry in entries if entry["lesson"] == "04" for arm in entry["arms"]}
-    schedules = [statistics.mean(values("04", arm)) for arm in arms - {"Constant"}]
+    arms = tables.pick(results, "04")[0]["arms"]
+    schedules = [statistics.mean(values("04", arm)) for arm in arms if arm != "Constant"]
     rules = [rule for found in values("08", key="rules") for name, rule in found.items() if "Loss" in name]
-    stops = within([rule["stops_after"] for rule in rules], 0)
-    lost = within([rule["lost_points"] for rule in rules], 0)
-    faulty, counts = ["rate_x_4", "images_x_255"], [10, 50, 250]
+    stops = within([rule["stops_after"] for rule in rules])
+    lost = within([rule["lost_points"] for rule in rules])
+    faulty, counts = ["rate x 4", "images x 255"], [10, 50, 250]
     scratch = [draws("scratch", count) for count in counts]
     frozen = [draws("new_linear_layers", count) for count in counts]
     promises = {
         "01": [f"{values('01', key='train_accuracy')[0]:.0f} % training accuracy in {minutes('01')}"],
-        "02": [f"Expect {within(values('02'))} % validation accuracy"],
+        "02": [f"Expect {within(values('02'), 1)} % validation accuracy"],
         "03": [f"{mean('03')} % validation accuracy"],
         "04": [
-            f"Expect {within(schedules)} % validation accuracy with the schedules and {mean('04', 'Constant')} %",
+            f"Expect {within(schedules, 1)} % validation accuracy with the schedules and {mean('04', 'Constant')} %",
             f"in {minutes('04')}",
         ],
         "05": [
@@ -278,17 +290,17 @@ def test_what_a_docstring_promises_is_what_was_measured():
         ],
         "06": [f"Expect {mean('06', key='test_accuracy')} % test accuracy", f"in {minutes('06')}"],
         "07": [
-            f"Expect {within(values('07', 'float32'))} % validation accuracy in float32 "
-            f"and {within(values('07', 'bfloat16'))} % in bfloat16"
+            f"Expect {within(values('07', 'float32'), 1)} % validation accuracy in float32 "
+            f"and {within(values('07', 'bfloat16'), 1)} % in bfloat16"
         ],
         "08": [
-            f"Expect {within(values('08'))} % validation",
+            f"Expect {within(values('08'), 1)} % validation",
             f"watch the loss stop after epoch {stops}, and lose {lost} points. It takes {minutes('08')}",
         ],
         "09": [
-            f"{within(clipped(faulty, ['none']), 0)} % validation accuracy where rate or images are faulty, "
-            f"{within(clipped(faulty, ['norm']), 0)} % with the norm clipped "
-            f"(of nan still 10 %), and {within(clipped(['none'], ['none', 'norm', 'value']), 0)} % without "
+            f"{within(clipped(faulty, ['none']))} % validation accuracy where rate or images are faulty, "
+            f"{within(clipped(faulty, ['norm']))} % with the norm clipped "
+            f"(of nan still 10 %), and {within(clipped(['none'], ['none', 'norm', 'value']))} % without "
             f"danger, clipped or not, in {minutes('09')}"
         ],
         "10": [
@@ -304,18 +316,17 @@ def test_what_a_docstring_promises_is_what_was_measured():
         "12": [f"Expect {mean('12')} % validation accuracy in one process"],
     }
     for number, sentences in promises.items():
-        docstring = " ".join(read(PATHS[number]).split('"""')[1].split())
+        docstring = unwrapped(PATHS[number]).split('"""')[1]
         for sentence in sentences:
             assert sentence in docstring, f"lesson {number}: {sentence}"
 
 
-def test_pages_08_and_09_say_what_was_measured():
-    """Their printed output is of seed 42; the Chinese pages have the same figures as these."""
-    entries = json.loads(read(ROOT / "docs" / "results.json"))
-    runs = {number: [entry for entry in entries if entry["lesson"] == number] for number in ["08", "09"]}
-    page = read(PATHS["08"].with_suffix(".md"))
-    prose = " ".join(page.split())
-    arm = runs["08"][0]["arms"][""]
+def test_page_08_says_what_was_measured():
+    """Its printed output is of seed 42; the Chinese page has the same figures."""
+    path = PATHS["08"].with_suffix(".md")
+    page, text = read(path), unwrapped(path)
+    arms = [entry["arms"][""] for entry in tables.pick(measured("results"), "08")]
+    arm = arms[0]
     epochs, accuracy = arm["epochs"], arm["val_accuracy"]
     assert f"Brought back: epoch {arm['best_epoch']} of {epochs}, with {accuracy:.2f} % on the" in page
     for name, rule in arm["rules"].items():
@@ -326,29 +337,31 @@ def test_pages_08_and_09_say_what_was_measured():
         assert float(lost) == rule["lost_points"]
         assert float(found) == pytest.approx(accuracy - rule["lost_points"], abs=0.011)
 
-    def within(watched, key):
-        rules = [entry["arms"][""]["rules"] for entry in runs["08"]]
-        values = [rule[key] for found in rules for name, rule in found.items() if name in watched]
-        return f"{min(values):.0f} to {max(values):.0f}"
+    def of_rules(names, key):
+        return within([arm["rules"][name][key] for arm in arms for name in names])
 
     watching_loss = [name for name in arm["rules"] if name.startswith("Loss")]
-    lost = within(watching_loss, "lost_points")
-    assert f"an epoch from {within(watching_loss, 'brings_back')} and lose {lost} points" in prose
-    hasty = within(["Accuracy/val 1", "Accuracy/val 2"], "lost_points")
-    assert f"loses {hasty} points here or saves nothing" in prose
-    saved = within(watching_loss, "saved_epochs")
-    assert f"the loss saves {saved} epochs and loses {lost} points" in prose
-    assert within(["Accuracy/val 3", "Accuracy/val 5"], "saved_epochs") == "0 to 0"
-    one, two, three = [entry["arms"][""]["rules"]["Loss/val 5"]["brings_back"] for entry in runs["08"]]
-    assert f"has its minimum in epoch {one}, {two} and {three} (seeds" in prose
-    assert f"it loses {within(['Accuracy/val 2'], 'lost_points')} points: the row of" in prose
+    lost = of_rules(watching_loss, "lost_points")
+    assert f"an epoch from {of_rules(watching_loss, 'brings_back')} and lose {lost} points" in text
+    hasty = of_rules(["Accuracy/val 1", "Accuracy/val 2"], "lost_points")
+    assert f"loses {hasty} points here or saves nothing" in text
+    saved = of_rules(watching_loss, "saved_epochs")
+    assert f"the loss saves {saved} epochs and loses {lost} points" in text
+    assert of_rules(["Accuracy/val 3", "Accuracy/val 5"], "saved_epochs") == "0 to 0"
+    one, two, three = [arm["rules"]["Loss/val 5"]["brings_back"] for arm in arms]
+    assert f"has its minimum in epoch {one}, {two} and {three} (seeds" in text
+    assert f"it loses {of_rules(['Accuracy/val 2'], 'lost_points')} points: the row of" in text
 
-    page = read(PATHS["09"].with_suffix(".md"))
-    prose = " ".join(page.split())
+
+def test_page_09_says_what_was_measured():
+    """Its printed output is of seed 42; the Chinese page has the same figures."""
+    path = PATHS["09"].with_suffix(".md")
+    page, text = read(path), unwrapped(path)
+    entries = tables.pick(measured("results"), "09")
 
     def values(danger, clipping):
-        run = f"{danger} clipping {clipping}".replace(" ", "_").replace(",", "")
-        return [entry["arms"][run]["val_accuracy"] for entry in runs["09"]]
+        run = tables.clipping_run(danger, clipping)
+        return [entry["arms"][run]["val_accuracy"] for entry in entries]
 
     for danger in tables.DANGERS:
         row = "".join(f"{values(danger, clipping)[0]:7.2f} %" for clipping in ["none", "norm", "value"])
@@ -362,28 +375,28 @@ def test_pages_08_and_09_say_what_was_measured():
         clean, lost = points("none", "none"), points(danger, "none")
         return (points(danger, clipping) - lost) / (clean - lost)
 
-    assert "four fifths of what the rate costs come back" in prose
+    assert "four fifths of what the rate costs come back" in text
     assert round(5 * mended("rate x 4", "norm")) == 4
-    assert "nine tenths of what the images cost" in prose
+    assert "nine tenths of what the images cost" in text
     assert round(10 * mended("images x 255", "norm")) == 9
-    assert "half of what the images cost" in prose and round(2 * mended("images x 255", "value")) == 1
+    assert "half of what the images cost" in text and round(2 * mended("images x 255", "value")) == 1
     by_value = points("rate x 4", "value") - points("rate x 4", "none")
     assert by_value < statistics.stdev(values("rate x 4", "none")), "less than the spread"
     high = "BatchNorm, rate x 6"
     cost = points("BatchNorm, none", "none") - points(high, "none")
     back = [f"{points(high, clipping) - points(high, 'none'):.0f}" for clipping in ["norm", "value"]]
-    assert f"the high rate costs {cost:.0f} points; clipping the norm brings {back[0]} of them" in prose
+    assert f"the high rate costs {cost:.0f} points; clipping the norm brings {back[0]} of them" in text
     assert back[0] == back[1], "and clipping by value as many"
     none, norm = [values("images x 255", clipping)[0] for clipping in ["none", "norm"]]
-    assert f"{none:.2f} % instead of {norm:.2f} %" in prose
+    assert f"{none:.2f} % instead of {norm:.2f} %" in text
 
 
 def test_common_mistakes_cost_what_was_measured():
     """Page 01, 04 and 05; the Chinese pages have the same figures as these."""
-    measured = json.loads(read(ROOT / "docs" / "mistakes.json"))
+    mistakes = measured("mistakes")
 
     def last(lesson, mistake, curve="train_accuracy", arm=""):
-        return measured[lesson][mistake][arm][curve][-1]
+        return mistakes[lesson][mistake][arm][curve][-1]
 
     def augmented(mistake, curve="val_accuracy"):
         return last("05", mistake, curve, "with_augmentation")
@@ -394,10 +407,10 @@ def test_common_mistakes_cost_what_was_measured():
     def cosine(mistake):
         return last("04", mistake, "val_accuracy", "CosineAnnealingLR")
 
-    summed = measured["01"]["no zero_grad"][""]["train_loss"]
+    summed = mistakes["01"]["no zero_grad"][""]["train_loss"]
     expected = {
         "01": [
-            f"With `{measured['01']['flags']}`",
+            f"With `{mistakes['01']['flags']}`",
             f"the last epoch has {last('01', 'none'):.1f} % training accuracy",
             f"from {summed[0]:.2f} in the first epoch to {summed[-1]:.1f} in the fifth",
             f"the last epoch has only {last('01', 'softmax before the loss'):.1f} %",
@@ -410,7 +423,7 @@ def test_common_mistakes_cost_what_was_measured():
             f"with the right one at {cosine('none'):.0f} %"
         ],
         "05": [
-            f"With `{measured['05']['flags']}`",
+            f"With `{mistakes['05']['flags']}`",
             f"{augmented('validation augmented'):.0f} instead of {augmented('none'):.0f} % for the network with",
             f"{plain('validation augmented'):.0f} instead of {plain('none'):.0f} % for the one without",
             f"{augmented('transformed once', 'train_accuracy'):.0f} % on training images and "
@@ -426,18 +439,18 @@ def test_common_mistakes_cost_what_was_measured():
 
 def test_ways_to_train_are_judged_as_they_were_measured():
     """What docs/benchmarks.md says below the table of lesson 05's recipe; the Chinese page has the same figures."""
-    accuracy = json.loads(read(ROOT / "docs" / "recipes.json"))["accuracy"]
+    accuracy = measured("recipes")["accuracy"]
     own = accuracy["lesson 05"]
     difference = {
         way: statistics.mean(found - own[seed] for seed, found in seeds.items())
         for way, seeds in accuracy.items()
     }
-    prose = " ".join(read(ROOT / "docs" / "benchmarks.md").split())
+    text = unwrapped(ROOT / "docs" / "benchmarks.md")
     same, half = -difference["no warm-up"], -difference["half the rate, no warm-up"]
-    assert f"of half of them ends {-difference['rotation always']:.2f} points lower" in prose
-    assert f"of 4 pixels instead of 2 ends {-difference['padding 4']:.2f} points lower" in prose
+    assert f"of half of them ends {-difference['rotation always']:.2f} points lower" in text
+    assert f"of 4 pixels instead of 2 ends {-difference['padding 4']:.2f} points lower" in text
     assert (
-        f"without the warm-up the same rate ends {same:.2f} points lower, and half of it {half:.2f}" in prose
+        f"without the warm-up the same rate ends {same:.2f} points lower, and half of it {half:.2f}" in text
     )
     more = ["rotation always", "padding 4", "no warm-up", "half the rate, no warm-up"]
     assert max(difference[way] for way in more) < -statistics.stdev(own.values())

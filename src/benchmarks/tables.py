@@ -250,6 +250,11 @@ def rules_table(results, say):
     return table([say(word) for word in header], rows)
 
 
+def clipping_run(danger, clipping):
+    """Return the name of the run of lesson 09 that was trained under this danger with this clipping."""
+    return f"{danger} clipping {clipping}".replace(" ", "_").replace(",", "")
+
+
 def clipping_table(results, say):
     """Return the table of lesson 09: validation accuracy in percent by danger and clipping, over the seeds."""
     entries = pick(results, "09")
@@ -257,8 +262,7 @@ def clipping_table(results, say):
         return "..."  # not measured yet
     rows = []
     for danger in DANGERS:
-        run = danger.replace(" ", "_").replace(",", "")
-        arms = [f"{run}_clipping_{clipping}" for clipping in ["none", "norm", "value"]]
+        arms = [clipping_run(danger, clipping) for clipping in ["none", "norm", "value"]]
         cells = [[entry["arms"][arm]["val_accuracy"] for entry in entries] for arm in arms]
         rows.append([say(danger), *(mean_and_spread(cell, 1) for cell in cells)])
     return table([say(word) for word in ["danger", "no clipping", "norm clipped", "values clipped"]], rows)
