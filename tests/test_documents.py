@@ -240,9 +240,13 @@ def test_no_quick_look_and_no_exercise_touches_a_full_run(document):
     commands = [flags for _, _, flags in LESSON_COMMAND.findall(text)]
     exercises = re.findall(r"^## (?:Exercises|练习)\n(.*?)^## ", text, flags=re.MULTILINE | re.DOTALL)
     commands += [flags for part in exercises for flags in re.findall(r"`(--[^`]*)`", part)]
+    trains = r"--(epochs|subset|lr|seed|schedulers|patience|precisions) "
     for flags in commands:
-        if re.match(r"--(epochs|subset|lr|seed|schedulers|patience|precisions) ", flags.strip()):
+        if re.match(trains, flags.strip()):
             assert "--output-dir quick" in flags or "--subset 50000" in flags, flags
+    if document in LESSONS:
+        exercises = " ".join(text.split('"""')[1].partition("\nExercises:")[2].split())
+        assert exercises and (not re.search(trains, exercises) or "--output-dir quick" in exercises)
 
 
 def test_what_a_docstring_promises_is_what_was_measured():

@@ -9,8 +9,8 @@ New since lesson 01: a validation split, train and eval mode, TensorBoard, and t
 Expect 74.8 to 75.6 % validation accuracy in 2 to 4 minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to
 44), and overfitting. It writes a run to tensor_board/02_with_validation/.
 
-Exercises: 1. Try --subset 2000: the gap passes 10 points in epoch 2 instead of 5. 2. Take model.eval() out of
-evaluate(). With validation batches of 250 little changes, but with batch_size=2 in val_loader, accuracy
+Exercises: 1. Try --subset 2000 --output-dir quick: the gap passes 10 points in epoch 2 instead of 5. 2. Take
+model.eval() out of evaluate(). With validation batches of 250 little changes, but with batch_size=2 accuracy
 after two epochs is 60 % instead of 69 %: BatchNorm then takes mean and variance from two images.
 """
 

@@ -12,8 +12,8 @@ seeds 42 to 44, JPEG copy of CIFAR-10), in 10 minutes (2 CPU cores), and two pic
 has a folder 04_lr_scheduler/<data>_run_N/<arm>/ in artifacts/checkpoints/ and one in tensor_board/.
 
 Exercises: 1. Write T_max=epochs // 2 in SCHEDULERS: the cosine in lr_schedules.png comes back up.
-2. Write pass for scheduler.step(), and step before train_one_epoch() instead, with --schedulers
-ExponentialLR: PyTorch warns, and the first epoch misses the rate you asked for.
+2. Write pass for scheduler.step(), and step before train_one_epoch() instead, with --output-dir
+quick --schedulers ExponentialLR: PyTorch warns, and the first epoch misses the rate you asked for.
 """
 
 import argparse

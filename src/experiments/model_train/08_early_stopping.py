@@ -12,8 +12,8 @@ accuracy and does not stop within 16 epochs; rules that watch the loss stop afte
 10 points. It takes 3 minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to 44), writes early_stopping.png
 to artifacts/, and checkpoints and curves as lesson 03 does.
 
-Exercises: 1. Run it with --patience 2: it stops before the lower rate has had its chance. 2. Add
-"Loss/train": "min" to WATCHED, and run it with --resume: which of the new rules stops at all?
+Exercises: 1. Run it with --patience 2 --output-dir quick: it stops before the lower rate has had its chance.
+2. Add "Loss/train": "min" to WATCHED; with --resume --output-dir quick: which of the new rules stops at all?
 """
 
 import argparse
