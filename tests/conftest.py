@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +20,14 @@ import sklearn.datasets
 import torch
 from common import LESSONS, load_lesson
 from matplotlib.figure import Figure
+from torch.utils.data import TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)  # hundreds of tests read them
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {path.stem[:2]: path for path in sorted(LESSONS.glob("[01]*.py"))}
 NUMBERS = list(PATHS)  # "01", "02", ...
+NEW = NUMBERS[:6]  # the lessons that test_smoke.py to test_06_*.py cover; test_old_*.py covers the rest
 DRAW = {Figure: "savefig", SummaryWriter: "add_figure"}  # what takes long, and few tests look at
 ORIGINALS = {kind: getattr(kind, name) for kind, name in DRAW.items()}
 CPU = torch.device("cpu")
@@ -37,7 +41,7 @@ TINY["10"] = ["--subset", "100", "--labels", "4"]  # it needs some images of eac
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=1, help="how often tests/test_faults.py kills each lesson")
+    parser.addoption("--kills", type=int, default=1, help="how often test_old_faults.py kills each lesson")
     parser.addoption("--cases", type=int, default=50, help="how many command lines it tries on each lesson")
 
 
@@ -67,13 +71,59 @@ def load_quick_lesson(number):
     return lesson
 
 
+def resume(lesson, output_dir, *flags):
+    """Run main() with --resume and without any setting, so that the checkpoint's stand. Returns what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        lesson.main(["--resume", "--device", "cpu", "--output-dir", str(output_dir), *map(str, flags)])
+    return output.getvalue()
+
+
+def stop_in_epoch(patch, lesson, number):
+    """Press Ctrl-C when a lesson has trained its Nth epoch (counted over all its variants), and saved one less."""
+    count, log_epoch = itertools.count(1), lesson.log_epoch
+
+    def stop_or_log(*args):
+        if next(count) == number:
+            raise KeyboardInterrupt
+        log_epoch(*args)
+
+    patch.setattr(lesson, "log_epoch", stop_or_log)
+
+
+def use_results(patch, lesson, train, val=()):
+    """Train nothing: let the epochs of a lesson return these pairs of a loss and an accuracy, in this order."""
+    train, val = iter(train), iter(val)
+
+    def train_one_epoch(model, loader, loss_fn, optimizer, *_):
+        optimizer.step()  # which the schedulers expect; without gradients it changes nothing
+        return next(train)
+
+    patch.setattr(lesson, "train_one_epoch", train_one_epoch)
+    patch.setattr(lesson, "evaluate", lambda *_: next(val), raising=False)  # lesson 01 has none
+
+
+def draw_nothing(patch, lessons):
+    """Let these lessons draw nothing, which is most of the time of a short run. Their pictures are empty files."""
+    patch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
+    patch.setattr(SummaryWriter, "add_figure", lambda *_: None)
+    for lesson in lessons:
+        for name in [name for name in vars(lesson) if name.startswith("plot_")]:
+            patch.setattr(lesson, name, lambda *_: Figure())
+
+
+def one_variant(number):
+    """Return the flags with which lesson 04 trains one variant only, and none for the other lessons."""
+    return ["--schedulers", "Constant"] if number == "04" else []
+
+
 def folder_of(lesson, output_dir, run=1):
-    """Return the folder in which the Nth run of a lesson on digits keeps its checkpoints."""
-    return output_dir / "artifacts" / "checkpoints" / lesson.LESSON / f"digits_run_{run}"
+    """Return the folder in which a lesson keeps its checkpoints; of an old lesson, those of the Nth run on digits."""
+    folder = output_dir / "artifacts" / "checkpoints" / lesson.LESSON
+    return folder if lesson.LESSON[:2] in NEW else folder / f"digits_run_{run}"
 
 
 def checkpoints_of(lesson, output_dir, run=1):
-    """Return all checkpoints of a run as {path relative to its folder: content of the file}."""
+    """Return all checkpoints in folder_of() as {path relative to its folder: content of the file}."""
     folder = folder_of(lesson, output_dir, run)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.pth"))}
 
@@ -103,7 +153,7 @@ def assert_same_state(one, other):
         assert torch.equal(one, other)
     elif isinstance(one, dict):
         assert one.keys() == other.keys()
-        for key in one.keys() - {"Seconds", "ImagesPerSecond"}:
+        for key in one.keys() - {"Seconds", "ImagesPerSecond", "run"}:
             assert_same_state(one[key], other[key])
     elif isinstance(one, (list, tuple)):
         assert len(one) == len(other)
@@ -155,12 +205,13 @@ def finished(tmp_path_factory):
 
     @functools.cache
     def run(number, device):
-        folder = tmp_path_factory.mktemp(f"lesson_{number}_{device}")
+        folder = tmp_path_factory.mktemp(f"lesson {number} on {device}")  # with spaces, which some paths have
         with pytest.MonkeyPatch.context() as patch:
             for kind, name in DRAW.items():
                 patch.setattr(kind, name, ORIGINALS[kind])  # this run has pictures, whoever asks for it first
             lesson = load_quick_lesson(number)  # a module of its own, in which no test has patched anything
-            flags = ["--device", device, "--subset", IMAGES.get(number, 256)]
+            epochs = 2 if number in NEW else 1
+            flags = ["--device", device, "--subset", IMAGES.get(number, 256), "--epochs", epochs]
             output = run_lesson(lesson, folder, *flags)
         return SimpleNamespace(folder=folder, output=output, artifacts=folder / "artifacts")
 
@@ -170,11 +221,22 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def no_pictures(monkeypatch, lessons):
     """For tests of other things: nothing is drawn, and pictures are empty files."""
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).touch())
-    monkeypatch.setattr(SummaryWriter, "add_figure", lambda *_: None)
-    for number, lesson in lessons.items():
-        for name in [name for name in vars(lesson) if name.startswith("plot_")]:
-            monkeypatch.setattr(lesson, name, lambda *_, number=number: {} if number == "04" else Figure())
+    draw_nothing(monkeypatch, lessons.values())
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """For tests that start a lesson twice at once: every start falls into another second, which names its run."""
+    count = itertools.count(1)
+    monkeypatch.setattr(time, "strftime", lambda *_: f"20250101-{next(count):06d}")
+
+
+@pytest.fixture
+def images():
+    """20 random images with labels, so that batches of 8 leave a last one of 4."""
+    generator = torch.Generator().manual_seed(7)
+    pixels = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return TensorDataset(pixels, torch.randint(0, 10, (20,), generator=generator))
 
 
 @pytest.fixture(params=["cpu"] + (["cuda"] if torch.cuda.is_available() else []))

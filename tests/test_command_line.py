@@ -1,52 +1,83 @@
-"""The command line: real processes from elsewhere, and one clear sentence for bad input."""
+"""The command line: one clear sentence for bad values, and real processes that run, print and stop as they should."""
 
 import os
 import runpy
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
 
+import matplotlib.pyplot as plt
 import pytest
+import sklearn.datasets
 import torch
-from conftest import NUMBERS, PATHS, QUICK, ROOT, TINY, UNIX, in_background, no_group_left, run_lesson
+from common import load_lesson
+from conftest import NEW, PATHS, QUICK, ROOT, TINY, UNIX, in_background, run_lesson
 
 # What Python and its libraries will not do for ever; a warning from a lesson's own line is an error here.
 CHANGES = [FutureWarning, DeprecationWarning]
-STRICT = [f"-Werror::{category.__name__}:__main__" for category in CHANGES]
+BAD_VALUES = {
+    "--epochs": ["0", "-1", "x", "1.5", ""],
+    "--batch-size": ["0", "nan"],
+    "--lr": ["0", "-1", "nan", "inf", "fast"],
+    "--seed": ["x"],
+    "--subset": ["0", "-5"],
+    "--data": ["mnist"],
+    "--device": ["toaster", "", "cuda:99", "xla:0"],
+}
+MORE_BAD_VALUES = {
+    "04": {"--schedulers": ["OneCycleLR", "constant"]},
+    "05": {"--group-size": ["0", "x"]},
+    "06": {"--group-size": ["0", "x"]},
+}
 
 
-@in_background
-def processes(folder):
-    """Lessons 01 and 06, started in a folder. (02 and 03 are started by tests below and elsewhere.)
-
-    The environment is that of a command behind ! in a notebook, whose way of drawing is not installed here.
-    """
-    environment = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    ended = {}
-    for number in ["01", "06"]:
-        (folder / number).mkdir()
-        command = [sys.executable, *STRICT, str(PATHS[number]), *QUICK, *TINY[number], "--output-dir", "here"]
-        ended[number] = subprocess.run(
-            command, cwd=folder / number, env=os.environ | environment, capture_output=True, text=True
-        )
-        ended[number].files = {path.name for path in (folder / number).iterdir()}
-    return ended
+@pytest.mark.parametrize("number", NEW)
+def test_a_bad_value_gets_one_sentence_and_status_2(lessons, number, capsys):
+    """The sentence names the flag."""
+    flags = BAD_VALUES | MORE_BAD_VALUES.get(number, {})
+    for flag, value in [(flag, value) for flag, values in flags.items() for value in values]:
+        with pytest.raises(SystemExit) as error:
+            lessons[number].main([flag, value])
+        assert error.value.code == 2, (flag, value)
+        assert flag in capsys.readouterr().err.splitlines()[-1], (flag, value)
 
 
-@pytest.mark.parametrize("number", ["01", "06"])
-def test_they_run_as_processes_from_another_folder(processes, number):
-    process = processes[number]
-    assert process.returncode == 0, process.stderr
-    assert "Warning" not in process.stderr, "no warning"
-    assert "%|" not in process.stderr, "no bar without a terminal"
-    assert process.files == {"here"}
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("number", NEW)
+def test_cuda_that_is_missing_is_named(lessons, number, capsys):
+    """Instead of an error from the middle of PyTorch."""
+    with pytest.raises(SystemExit) as error:
+        lessons[number].main(["--device", "cuda"])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.endswith("error: --device cuda is not available on this machine\n")
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("number", NUMBERS)
-def test_they_run_as_scripts_from_another_folder(tmp_path, monkeypatch, capsys, number):
-    """As `python lesson.py`, but for the seconds that a new process needs to import PyTorch."""
+@pytest.mark.parametrize("number", NEW)
+@pytest.mark.parametrize(("subset", "batch_size"), [(1, 1), (3, 1000)])
+def test_very_small_runs_work(lessons, tmp_path, number, subset, batch_size):
+    """One image alone, and batches that are larger than the data."""
+    output = run_lesson(lessons[number], tmp_path, "--subset", subset, "--batch-size", batch_size)
+    assert "Epoch  1/1" in output
+
+
+@pytest.mark.parametrize("number", NEW[1:])
+def test_the_printed_tensorboard_command_works_for_a_folder_with_spaces(finished, lessons, number):
+    """The folder stays one argument in a shell, and holds the curves of the run."""
+    assert " " in finished(number).folder.name
+    prefix, line = "Curves: ", finished(number).output.splitlines()[-1]
+    program, flag, folder = shlex.split(line.removeprefix(prefix))
+    assert line.startswith(prefix) and (program, flag) == ("tensorboard", "--logdir")
+    assert folder == str(finished(number).folder / "tensor_board" / lessons[number].LESSON)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("number", NEW)
+def test_a_lesson_runs_as_a_script_from_another_folder(tmp_path, monkeypatch, capsys, number):
+    """As `python lesson.py`, but for the seconds that a new process needs to import PyTorch. Nothing warns."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lesson.py", *QUICK, *TINY[number], "--output-dir", "here"])
     with warnings.catch_warnings():
@@ -54,133 +85,79 @@ def test_they_run_as_scripts_from_another_folder(tmp_path, monkeypatch, capsys, 
             warnings.filterwarnings("error", category=category, module="__main__")
         runpy.run_path(str(PATHS[number]), run_name="__main__")
     output, errors = capsys.readouterr()
-    assert "Done" in output and "Warning" not in errors and "%|" not in errors
+    assert "Epoch  1/1" in output and "Warning" not in errors and "%|" not in errors, (
+        "no bar without a terminal"
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"here"}
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", ["01", "04", "05", "06"])
+def test_pictures_are_drawn_into_files_and_open_no_window(number):
+    """Whatever this computer would draw with otherwise."""
+    plt.switch_backend("svg")
+    load_lesson(number)
+    assert plt.get_backend() == "agg"
+
+
+@pytest.mark.parametrize("number", NEW)
 def test_a_copy_elsewhere_uses_the_working_directory(tmp_path, monkeypatch, number):
-    """A lesson stands alone: its file can be taken anywhere. Here it is in its folder, and beside a folder src/."""
+    """A lesson stands alone, so that its file can be taken anywhere."""
     (tmp_path / "content").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    shutil.copy(PATHS[number], tmp_path / "content" / "x.py")
-    copied = runpy.run_path(str(tmp_path / "content" / "x.py"))
-    assert copied["ROOT"] == tmp_path / "work" and copied["parse_args"]([]).output_dir == tmp_path / "work"
-    assert runpy.run_path(str(PATHS[number]))["ROOT"] == ROOT
-    (tmp_path / "src").mkdir()
-    assert runpy.run_path(str(tmp_path / "content" / "x.py"))["ROOT"] == tmp_path
+    copy = runpy.run_path(shutil.copy(PATHS[number], tmp_path / "content" / "x.py"))
+    args = copy["parse_args"](["--device", "cpu"])
+    assert args.output_dir == tmp_path / "work" and args.data_dir == tmp_path / "work" / "data"
+    args = runpy.run_path(str(PATHS[number]))["parse_args"](["--device", "cpu"])
+    assert args.output_dir == ROOT and args.data_dir == ROOT / "data"
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_pasted_into_a_notebook_it_says_how_to_run_it(number):
-    code = compile(PATHS[number].read_text(encoding="utf-8"), "cell", "exec")
-    with pytest.raises(SystemExit, match=r"^This cannot run in a notebook cell\. .*!python lesson\.py$"):
-        exec(code, {"__name__": "__main__"})
+@pytest.mark.parametrize("number", NEW)
+def test_ctrl_c_gives_one_line_and_status_1(tmp_path, monkeypatch, number):
+    """No traceback follows the line, and where a run can be resumed, it says so. A text means status 1."""
+
+    def press_ctrl_c():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sklearn.datasets, "load_digits", press_ctrl_c)
+    monkeypatch.setattr(sys, "argv", ["lesson.py", *QUICK, "--output-dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(PATHS[number]), run_name="__main__")
+    assert error.value.code.startswith("\nStopped.") and error.value.code.count("\n") == 1
+    assert ("--resume" in error.value.code) == (number in ["03", "04", "05"])
+
+
+# A shell lets its background jobs ignore Ctrl-C, and the processes that they start too.
+HEARS_CTRL_C = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @in_background
-def piped(folder):
-    """Lesson 02, whose reader goes away after one epoch's line. Returns what was read, its status and errors."""
-    command = [sys.executable, str(PATHS["02"]), *QUICK, "--epochs", "100000", "--output-dir", str(folder)]
+def stopped(folder):
+    """Lesson 02 through a pipe, with Ctrl-C as soon as the line of an epoch arrives. Returns output, status, errors."""
+    flags = ["--data", "digits", "--subset", "32", "--device", "cpu", "--epochs", "100000"]
+    command = [sys.executable, "-c", HEARS_CTRL_C, str(PATHS["02"]), *flags, "--output-dir", str(folder)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     output = b""
     while b"\nEpoch " not in output and process.poll() is None:
         output += os.read(process.stdout.fileno(), 100_000)
-    process.stdout.close()
-    status, errors = process.wait(300), process.stderr.read()
-    process.stderr.close()
-    return output, status, errors
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=300)
+    return output.decode(), process.returncode, errors.decode()
 
 
 @UNIX
-def test_each_epochs_line_arrives_at_once_and_a_reader_may_go_away(piped):
-    """Through a pipe, without -u. The reader takes one epoch's line, as `| head` does; no traceback follows."""
-    output, status, errors = piped
-    assert 1 <= output.count(b"\nEpoch ") < 10, "not when a buffer of many epochs is full"
-    assert status == 1 and errors == b""
+def test_the_line_of_an_epoch_arrives_at_once(stopped):
+    """Through a pipe too, as `| tee log.txt`, and not when a buffer of many epochs is full."""
+    assert 1 <= stopped[0].count("\nEpoch ") < 10
 
 
-def test_two_runs_with_one_seed_print_the_same_losses(lessons, finished, tmp_path):
-    for number in ["01", "03"]:
-        outputs = [finished(number).output, run_lesson(lessons[number], tmp_path)]
-        lines = [[line.rsplit("|", 1)[0] for line in out.splitlines() if "Epoch" in line] for out in outputs]
-        assert lines[0] == lines[1] and lines[0]
-        assert run_lesson(lessons[number], tmp_path, "--seed", 1).count("Epoch") == len(lines[0])
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("--epochs", "0"), ("--epochs", "-1"), ("--epochs", "x"), ("--epochs", "1.5"), ("--epochs", ""),
-        ("--batch-size", "0"), ("--batch-size", "nan"),
-        ("--lr", "nan"), ("--lr", "-1"), ("--lr", "inf"), ("--lr", "fast"),
-        ("--lr", "0"), ("--seed", "x"), ("--subset", "0"), ("--subset", "-5"), ("--data", "mnist"),
-        ("--device", "toaster"), ("--device", "meta"), ("--device", ""), ("--device", "cuda:99"),
-    ],
-)  # fmt: skip
-def test_bad_arguments_get_one_sentence_and_status_2(lessons, number, flag, value, capsys):
-    with pytest.raises(SystemExit) as error:
-        lessons[number].parse_args([flag, value])
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert error.value.code == 2 and flag in message and "Traceback" not in message
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_that_is_missing_is_named(lessons, capsys):
-    for lesson in lessons.values():
-        with pytest.raises(SystemExit) as error, no_group_left():
-            lesson.main(["--device", "cuda"])
-        assert error.value.code == 2
-        assert "--device cuda is not available on this machine; use cpu" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-def test_unusable_folders_are_noticed_before_training(lessons, tmp_path, number, monkeypatch):
-    """The lines below main() make a sentence of the error: see test_a_disk_that_fills_up in test_faults.py."""
-    monkeypatch.setattr(lessons[number], "train_one_epoch", None)
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    good = str(tmp_path / "good")
-    for data_dir, output_dir in [
-        (tmp_path / "file", good),
-        (tmp_path / "file" / "below", good),
-        (good, tmp_path / "file"),
-    ]:
-        data = "digits" if data_dir == good else "auto"
-        with pytest.raises(OSError, match="file"), no_group_left():
-            lessons[number].main(
-                [
-                    "--data",
-                    data,
-                    "--data-dir",
-                    str(data_dir),
-                    "--output-dir",
-                    str(output_dir),
-                    "--device",
-                    "cpu",
-                ]
-            )
-
-
-# Lesson 10 refuses: see test_transfer.py.
-@pytest.mark.parametrize("number", [number for number in NUMBERS if number != "10"])
-def test_very_small_runs_work(lessons, tmp_path, number):
-    run_lesson(lessons[number], tmp_path, "--subset", 1, "--batch-size", 1)
-
-
-@pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("number", NUMBERS[1:])
-def test_a_second_run_never_draws_over_the_first(lessons, tmp_path, number):
-    contents = []
-    for _ in range(2):
-        run_lesson(lessons[number], tmp_path, *TINY[number])
-        files = sorted((tmp_path / "tensor_board").rglob("events*"))
-        assert len({path.parent for path in files}) == len(files), "one event file in each folder"
-        contents.append({path: path.read_bytes() for path in files})
-    first, both = contents
-    assert first == {path: both[path] for path in first}
-    assert both.keys() - first.keys() and all(
-        "digits_run_2" in path.parts for path in both.keys() - first.keys()
-    )
+@UNIX
+def test_ctrl_c_ends_a_process_in_one_line(stopped):
+    """With status 1, and without a traceback."""
+    assert stopped[1:] == (1, "\nStopped.\n")

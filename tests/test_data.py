@@ -1,4 +1,7 @@
-"""Where the images come from, how they are split, and how they are changed."""
+"""Where the images come from, what they look like, and how they are split.
+
+load_data() and split_train_val() have one text in all lessons (test_sync.py), so they are tested in one of them.
+"""
 
 import hashlib
 import io
@@ -6,21 +9,23 @@ import pickle
 import socket
 import tarfile
 import threading
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, run_lesson
-from torchvision.transforms import v2
+from sklearn.datasets import load_digits
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-NO_SERVER = "http://127.0.0.1:9/cifar-10-python.tar.gz"  # nothing listens on this port
+NAME = "cifar-10-python.tar.gz"
+NO_SERVER = f"http://127.0.0.1:9/{NAME}"  # nothing listens on this port
 
 
-def make_archive():
-    """Return a .tar.gz in the official layout, with 10 random images in each of 6 files, and the files' MD5 sums."""
+@pytest.fixture(scope="module")
+def archive():
+    """A small CIFAR-10 in the official layout, 10 random images in each of 6 files: .tar.gz, MD5 sums, contents."""
     random = np.random.default_rng(0)
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     files = {
@@ -28,27 +33,19 @@ def make_archive():
         for name in names
     }
     files["batches.meta"] = {"label_names": CLASSES}
-    archive, sums = io.BytesIO(), {}
-    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-        for name, content in files.items():
-            data = pickle.dumps(content)
+    content, sums = io.BytesIO(), {}
+    with tarfile.open(fileobj=content, mode="w:gz") as tar:
+        for name, file in files.items():
+            data = pickle.dumps(file)
             sums[name] = hashlib.md5(data).hexdigest()
             member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    return archive.getvalue(), sums, files
-
-
-@pytest.fixture(scope="module")
-def archive():
-    return make_archive()
+    return content.getvalue(), sums, files
 
 
 class Mirror(BaseHTTPRequestHandler):
-    """Serves the archive at /good/, something else at /wrong/, and for a long time nothing at /silent/.
-
-    At /half/ it sends the first half of the archive and no more.
-    """
+    """Serves the archive at /good/, half of it at /half/, another file at /wrong/, and at /silent/ nothing."""
 
     content, requests = b"", []
 
@@ -68,314 +65,191 @@ class Mirror(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def cifar10(lessons, archive, monkeypatch):
-    """A local mirror of a small CIFAR-10. Returns the lesson whose load_data() is tried, and the mirror's address."""
+def load_data(lessons, monkeypatch):
+    """load_data() of a lesson, which knows no mirror and no proxy, and waits half a second for an answer, not 15."""
+    for name in ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies
+    monkeypatch.setattr(lessons["01"], "MIRRORS", [NO_SERVER])
+    monkeypatch.setattr(lessons["01"].CIFAR10, "url", NO_SERVER)
+    set_timeout = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds / 30))
+    yield lessons["01"].load_data
+    set_timeout(None)
+
+
+@pytest.fixture
+def mirror(lessons, load_data, archive, monkeypatch):
+    """A server with a small CIFAR-10, which passes for the real one, and a function that sets MIRRORS."""
     content, sums, _ = archive
-    lesson = lessons["01"]
-    monkeypatch.setattr(lesson.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
+    cifar10 = lessons["01"].CIFAR10
+    monkeypatch.setattr(cifar10, "tgz_md5", hashlib.md5(content).hexdigest())
     monkeypatch.setattr(
-        lesson.CIFAR10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)]
+        cifar10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)]
     )
-    monkeypatch.setattr(lesson.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-    monkeypatch.setattr(lesson.CIFAR10, "meta", {**lesson.CIFAR10.meta, "md5": sums["batches.meta"]})
-    monkeypatch.setattr(lesson.CIFAR10, "url", NO_SERVER)  # torchvision is to download nothing by itself
+    monkeypatch.setattr(cifar10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(cifar10, "meta", {**cifar10.meta, "md5": sums["batches.meta"]})
     monkeypatch.setattr(Mirror, "content", content)
     monkeypatch.setattr(Mirror, "requests", [])
     server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
     server.stopping = threading.Event()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield lesson, f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    yield lambda *pages: monkeypatch.setattr(
+        lessons["01"],
+        "MIRRORS",
+        [NO_SERVER if page == "dead" else f"{address}/{page}/{NAME}" for page in pages],
+    )
     server.stopping.set()
     server.shutdown()
     server.server_close()
 
 
-def test_a_dead_and_a_wrong_mirror_are_passed_over(cifar10, archive, monkeypatch, tmp_path, capsys):
-    lesson, address = cifar10
-    name = "cifar-10-python.tar.gz"
-    monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER, f"{address}/wrong/{name}", f"{address}/good/{name}"])
-    images, labels, class_names, data_name = lesson.load_data("auto", tmp_path / "new", train=True)
-    assert data_name == "cifar10" and class_names == CLASSES
-    assert images.shape == (50, 32, 32, 3) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+def test_cifar10_images_are_those_of_the_files(mirror, load_data, archive, tmp_path):
+    """uint8 (N, 3, 32, 32), red, green and blue in their places, upright, in the order of the files."""
+    mirror("good")
+    images, labels, class_names, data = load_data("auto", tmp_path, train=True)
+    assert images.dtype == torch.uint8 and images.shape == (50, 3, 32, 32) and labels.dtype == torch.int64
     files = archive[2]
-    first = files["data_batch_1"]["data"][3].reshape(3, 32, 32).transpose(1, 2, 0)
-    assert np.array_equal(images[3].numpy(), first), "red, green and blue in their places"
-    assert labels.tolist() == list(range(10)) * 5
-    assert capsys.readouterr().out.count("no CIFAR-10 from") == 2
+    pixels = np.concatenate(
+        [files[f"data_batch_{i}"]["data"] for i in range(1, 6)]
+    )  # rows: red, green, blue planes
+    assert np.array_equal(images.numpy(), pixels.reshape(-1, 3, 32, 32)) and images.is_contiguous()
+    assert labels.tolist() == list(range(10)) * 5 and class_names == CLASSES and data == "cifar10"
+    images, labels, *_ = load_data("cifar10", tmp_path, train=False)
+    assert np.array_equal(images.numpy(), files["test_batch"]["data"].reshape(-1, 3, 32, 32))
+    assert labels.tolist() == list(range(10))
+
+
+def test_a_dead_and_a_wrong_mirror_are_passed_over(mirror, load_data, tmp_path, capsys):
+    """Each is named, the next one is asked, and what was downloaded once is not downloaded again."""
+    mirror("dead", "wrong", "good")
+    assert load_data("auto", tmp_path / "new", train=True)[3] == "cifar10"
+    assert capsys.readouterr().out.count("No CIFAR-10 from 127.0.0.1") == 2
     requests = len(Mirror.requests)
-    images, *_ = lesson.load_data("cifar10", tmp_path / "new", train=False)
-    assert len(images) == 10 and np.array_equal(
-        images[9].numpy(), files["test_batch"]["data"][9].reshape(3, 32, 32).transpose(1, 2, 0)
-    )
-    assert len(Mirror.requests) == requests, "what is there is not downloaded again"
+    assert len(load_data("cifar10", tmp_path / "new", train=False)[0]) == 10
+    assert len(Mirror.requests) == requests
 
 
-def test_a_silent_mirror_is_given_up(cifar10, monkeypatch, tmp_path):
-    """After the 15 seconds that the lesson sets for every connection: here they are half a second."""
-    lesson, address = cifar10
-    name = "cifar-10-python.tar.gz"
-    asked, set_timeout = [], socket.setdefaulttimeout
-    monkeypatch.setattr(
-        socket, "setdefaulttimeout", lambda seconds: (asked.append(seconds), set_timeout(0.5))
-    )
-    monkeypatch.setattr(lesson, "MIRRORS", [f"{address}/silent/{name}", f"{address}/good/{name}"])
-    try:
-        *_, data_name = lesson.load_data("auto", tmp_path, train=True)
-    finally:
-        set_timeout(None)
-    assert data_name == "cifar10" and asked == [15]
-    assert any("/silent/" in path for path in Mirror.requests)
-
-
-@pytest.mark.parametrize(
-    "state", ["half an archive", "another archive", "an empty archive", "a folder without files"]
-)
-def test_what_an_earlier_run_left_half_done_does_no_harm(cifar10, archive, monkeypatch, tmp_path, state):
-    lesson, address = cifar10
-    file = tmp_path / "cifar-10-python.tar.gz"
-    if state == "a folder without files":
-        (tmp_path / "cifar-10-batches-py").mkdir()
-    else:
-        contents = {
-            "half an archive": archive[0][:5000],
-            "another archive": archive[0][::-1],
-            "an empty archive": b"",
-        }
-        file.write_bytes(contents[state])
-    monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER])
-    assert lesson.load_data("auto", tmp_path, train=True)[3] == "digits"
-    monkeypatch.setattr(lesson, "MIRRORS", [f"{address}/half/{file.name}", f"{address}/good/{file.name}"])
-    images, *_, data_name = lesson.load_data("auto", tmp_path, train=True)
-    assert data_name == "cifar10" and len(images) == 50
-
-
-@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
-def test_a_damaged_batch_file_is_unpacked_again(cifar10, archive, monkeypatch, tmp_path, damage):
-    lesson, _ = cifar10
-    monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER])
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0])
-    before = lesson.load_data("cifar10", tmp_path, train=True)[0]
-    file = tmp_path / "cifar-10-batches-py" / "data_batch_3"
-    content = file.read_bytes()
-    file.unlink()
-    if damage != "missing":
-        file.write_bytes(content[:1000] if damage == "cut" else content[:-1] + b"!")
-    assert torch.equal(lesson.load_data("cifar10", tmp_path, train=True)[0], before)
-    file.unlink()
-    (tmp_path / "cifar-10-python.tar.gz").unlink()
-    with pytest.raises(SystemExit, match="CIFAR-10 is not in"):
-        lesson.load_data("cifar10", tmp_path, train=True)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
-def test_a_full_disk_is_not_the_mirrors_fault(cifar10, monkeypatch, tmp_path):
-    lesson, address = cifar10
-    (tmp_path / "cifar-10-python.tar.gz").symlink_to("/dev/full")
-    monkeypatch.setattr(
-        lesson, "MIRRORS", [f"{address}/{i}/cifar-10-python.tar.gz" for i in ["good", "other"]]
-    )
-    with pytest.raises(OSError, match="No space left"):
-        lesson.load_data("auto", tmp_path, train=True)
-    assert not any("/other/" in path for path in Mirror.requests), "it is not downloaded a second time"
-
-
-def test_an_archive_put_there_by_hand_needs_no_network(cifar10, archive, monkeypatch, tmp_path):
-    lesson, _ = cifar10
-    monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER])
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0])
-    images, *_, data_name = lesson.load_data("cifar10", tmp_path, train=True)
-    assert data_name == "cifar10" and len(images) == 50
-
-
-def test_without_network_digits_take_over_with_a_notice(lessons, monkeypatch, tmp_path, capsys):
-    lesson = lessons["01"]
-    monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER])
-    *_, data_name = lesson.load_data("auto", tmp_path, train=True)
-    output = capsys.readouterr().out
-    assert (
-        data_name == "digits"
-        and "handwritten digits instead" in output
-        and "cifar-10-python.tar.gz" in output
-    )
-    with pytest.raises(SystemExit, match="CIFAR-10 is not in"):
-        lesson.load_data("cifar10", tmp_path, train=True)
+def test_a_silent_mirror_is_given_up(mirror, load_data, tmp_path):
+    """After 15 seconds without an answer, which are half a second here."""
+    mirror("silent", "good")
+    assert load_data("auto", tmp_path, train=True)[3] == "cifar10"
+    assert any(path.startswith("/silent/") for path in Mirror.requests) and socket.getdefaulttimeout() == 0.5
 
 
 def test_the_official_server_is_asked_last(lessons):
-    for lesson in lessons.values():
-        assert len(lesson.MIRRORS) >= 3 and "cs.toronto.edu" in lesson.MIRRORS[-1]
-        assert all(url.endswith("/cifar-10-python.tar.gz") for url in lesson.MIRRORS)
-
-
-def test_digits_are_two_disjoint_splits_of_all_1797_images(lessons, tmp_path):
-    load = lessons["01"].load_data
-    train, train_labels, class_names, _ = load("digits", tmp_path, train=True)
-    test, test_labels, *_ = load("digits", tmp_path, train=False)
-    assert len(train) == 1438 and len(test) == 359 and class_names == list("0123456789")
-    assert train.shape[1:] == (32, 32, 3) and train.dtype == torch.uint8 and train.max() == 255
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    assert np.allclose(train[0, ::4, ::4, 1] / 255 * 16, digits.images[0], atol=0.1)
-    assert torch.equal(train[..., 0], train[..., 2])
-    assert np.array_equal(test_labels, digits.target[4::5])
-    assert sorted([*train_labels.tolist(), *test_labels.tolist()]) == sorted(digits.target.tolist())
-
-
-@pytest.mark.parametrize("number", ["02", "03", "04", "05", "06"])
-def test_validation_split_is_disjoint_complete_and_seeded(lessons, number):
-    split = lessons[number].split_train_val
-    images = torch.arange(50_000, dtype=torch.int32).view(-1, 1, 1, 1)  # every image is its own number
-    labels = torch.arange(50_000)
-    train, val = split(images, labels, 42, None)
-    assert len(train) == 40_000 and len(val) == 10_000
-    train_numbers, val_numbers = train.tensors[1].tolist(), val.tensors[1].tolist()
-    assert sorted(train_numbers + val_numbers) == list(range(50_000))
-    assert torch.equal(train.tensors[0].flatten(), train.tensors[1].int()), "labels stay with their images"
-    assert train_numbers != sorted(train_numbers), "shuffled"
-    torch.rand(1)  # what else is drawn does not matter
-    assert split(images, labels, 42, None)[1].tensors[1].tolist() == val_numbers
-    assert split(images, labels, 43, None)[1].tensors[1].tolist() != val_numbers
-    small_train, small_val = split(images, labels, 42, 100)
-    assert small_train.tensors[1].tolist() == train_numbers[:100]
-    assert small_val.tensors[1].tolist() == val_numbers[:100]
-
-
-def test_uneven_split_loses_no_image(lessons):
-    train, val = lessons["02"].split_train_val(torch.zeros(11, 1, 1, 1), torch.arange(11), 0, None)
-    assert sorted([*train.tensors[1].tolist(), *val.tensors[1].tolist()]) == list(range(11))
-
-
-# Augmentation
-
-
-@pytest.fixture
-def photos():
-    """64 images uint8 (64, 32, 32, 3), all the same picture without any symmetry."""
-    picture = torch.randint(
-        60, 200, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+    """It is slow, so that at least two mirrors come first."""
+    mirrors = lessons["01"].MIRRORS
+    assert (
+        len(mirrors) >= 3
+        and "cs.toronto.edu" in mirrors[-1]
+        and "cs.toronto.edu" not in "".join(mirrors[:-1])
     )
-    return picture.repeat(64, 1, 1, 1)
+    assert all(url.startswith("https://") and url.endswith(f"/{NAME}") for url in mirrors)
 
 
-def test_augmented_images_keep_shape_type_and_order(lessons, photos):
-    marked = photos.clone()
-    marked[:, :, :, 0] = (
-        torch.arange(64, dtype=torch.uint8).view(-1, 1, 1) * 3
-    )  # a shade of red for every image
-    torch.manual_seed(0)
-    result = lessons["05"].make_augmentation("cifar10", 16)(marked)
-    assert result.shape == marked.shape and result.dtype == torch.uint8
-    shades = [result[i, :, :, 0].median().item() for i in range(64)]
-    assert np.corrcoef(shades, range(64))[0, 1] > 0.9
+@pytest.mark.parametrize(
+    "state", ["half an archive", "another archive", "a folder without files", "a cut batch file"]
+)
+def test_what_an_earlier_run_left_half_done_does_no_harm(mirror, load_data, archive, tmp_path, state):
+    """Without network it is not used, and with network, even with a bad one, it is replaced."""
+    folder = tmp_path / "cifar-10-batches-py"
+    if state == "half an archive":
+        (tmp_path / NAME).write_bytes(archive[0][:5000])
+    elif state == "another archive":
+        (tmp_path / NAME).write_bytes(archive[0][::-1])
+    else:
+        folder.mkdir()
+    if state == "a cut batch file":
+        for name, content in archive[2].items():
+            (folder / name).write_bytes(pickle.dumps(content)[: 1000 if name == "data_batch_3" else None])
+    assert load_data("auto", tmp_path, train=True)[3] == "digits"
+    mirror("half", "good")
+    images, *_, data = load_data("auto", tmp_path, train=True)
+    assert data == "cifar10" and len(images) == 50
 
 
-def test_groups_share_their_random_numbers_and_differ_from_each_other(lessons, photos):
-    torch.manual_seed(0)
-    result = lessons["05"].make_augmentation("cifar10", 16)(photos)
-    groups = result.split(16)
-    # RandomErasing may fill a patch, at one place for the group; all else is the same for its images as well.
-    assert all(torch.equal(group[0], image) for group in groups for image in group)
-    assert len({group[0].numpy().tobytes() for group in groups}) == 4
-    single = lessons["05"].make_augmentation("cifar10", 1)(photos)
-    assert len({image.numpy().tobytes() for image in single}) > 60
+def test_an_archive_put_there_by_hand_needs_no_network(mirror, load_data, archive, tmp_path):
+    """Neither at the first start, nor when an unpacked file has been damaged since."""
+    mirror("dead")
+    (tmp_path / NAME).write_bytes(archive[0])
+    images, *_, data = load_data("cifar10", tmp_path, train=True)
+    assert data == "cifar10" and len(images) == 50
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"damaged")
+    assert torch.equal(load_data("cifar10", tmp_path, train=True)[0], images)
 
 
-@pytest.mark.parametrize("number", ["05", "06"])
-def test_photographs_are_mirrored_and_digits_never(lessons, photos, number):
-    """With all other transforms switched off, half of the groups come out mirrored left and right, or none."""
-    lesson, mirrored = lessons[number], photos.flip(2)
-    nothing_else = [lesson.AUGMENTATION[0], *([torch.nn.Identity()] * (len(lesson.AUGMENTATION) - 1))]
-    for data, expected in [("cifar10", range(10, 55)), ("digits", [0])]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lesson, "AUGMENTATION", nothing_else)
-            torch.manual_seed(0)
-            result = lesson.make_augmentation(data, 1)(photos)
-        count = sum(torch.equal(image, other) for image, other in zip(result, mirrored, strict=True))
-        same = sum(torch.equal(image, other) for image, other in zip(result, photos, strict=True))
-        assert count in expected and count + same == 64
+def test_without_network_digits_take_over_with_a_notice(load_data, tmp_path, capsys):
+    """The notice says what to do for CIFAR-10."""
+    assert load_data("auto", tmp_path, train=True)[3] == "digits"
+    output = capsys.readouterr().out
+    assert "Continuing with handwritten digits instead." in output and f"put {NAME} into {tmp_path}" in output
 
 
-def test_the_list_of_transforms_is_the_promised_one(lessons):
-    for number in ["05", "06"]:
-        flip, crop, rotation, jitter, erasing = lessons[number].AUGMENTATION
-        assert isinstance(flip, v2.RandomHorizontalFlip) and flip.p == 0.5
-        assert isinstance(crop, v2.RandomCrop) and crop.size == (32, 32) and list(crop.padding) == [2] * 4
-        assert rotation.p == 0.5 and isinstance(rotation.transforms[0], v2.RandomRotation)
-        assert list(rotation.transforms[0].degrees) == [-15, 15]
-        assert (
-            jitter.p == 0.3 and isinstance(jitter.transforms[0], v2.ColorJitter) and jitter.transforms[0].hue
-        )
-        assert isinstance(erasing, v2.RandomErasing) and erasing.p == 0.3 and max(erasing.scale) == 0.15
+def test_cifar10_without_network_ends_in_one_sentence(load_data, tmp_path):
+    """Digits do not take the place of a data set that was asked for. A text given to sys.exit() means status 1."""
+    with pytest.raises(SystemExit, match=r"^CIFAR-10 is not available\. Put .* by hand\.$") as error:
+        load_data("cifar10", tmp_path, train=True)
+    assert str(tmp_path) in error.value.code
 
 
-@pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("number", ["05", "06"])
-def test_training_images_change_every_epoch_and_validation_images_never(
-    lessons, tmp_path, monkeypatch, number
+def test_a_proxy_variable_that_is_no_url_counts_as_no_network(mirror, load_data, monkeypatch, tmp_path):
+    """urllib raises an HTTPException of its own kind for it, which is no OSError."""
+    mirror("good")
+    monkeypatch.setenv("http_proxy", "http://proxy:port")
+    assert load_data("auto", tmp_path, train=True)[3] == "digits" and not Mirror.requests
+
+
+@pytest.mark.parametrize("place", ["a file in the way", "a full disk"])
+def test_an_unwritable_data_dir_is_not_reported_as_missing_network(
+    mirror, load_data, tmp_path, capsys, place
 ):
-    """As the network sees them while main() runs: the arm without augmentation first, then those with it."""
-    lesson, seen, forward = lessons[number], [], lessons[number].SimpleCNN.forward
-
-    def spy(self, x):
-        seen.append((self.training, self.dropout.p, x.clone()))
-        return forward(self, x)
-
-    monkeypatch.setattr(lesson.SimpleCNN, "forward", spy)
-    run_lesson(lesson, tmp_path, "--epochs", 2, "--subset", 64, "--batch-size", 64)
-    images, labels, *_ = lesson.load_data("digits", tmp_path, train=True)
-    train, val = lesson.split_train_val(images, labels, 42, 64)
-    plain = {mode: lesson.to_input(part.tensors[0], CPU) for mode, part in [(True, train), (False, val)]}
-
-    def as_a_set(inputs):
-        return {image.numpy().tobytes() for image in inputs}
-
-    training = [inputs for mode, _, inputs in seen if mode]
-    for mode, _, inputs in seen:
-        if not mode and number == "05":  # lesson 06 looks at test images, too
-            assert as_a_set(inputs) <= as_a_set(plain[False]) | as_a_set(plain[True])
-    assert as_a_set(seen[1][2]) == as_a_set(plain[False])
-    if number == "05":
-        assert [p for mode, p, _ in seen if mode] == [0.0] * 4 + [0.5] * 2
-        assert as_a_set(training[0]) == as_a_set(training[1]) == as_a_set(plain[True]), "the arm without"
-        training = training[2:]
-    for first, second in zip(training[::2], training[1::2], strict=True):
-        assert not as_a_set(first) & as_a_set(second), "other random numbers in the second epoch"
-        assert len(as_a_set(first) & as_a_set(plain[True])) < 32
+    """The system's own error names the cause, and no other mirror is asked."""
+    mirror("good", "other")
+    if place == "a full disk":
+        if not Path("/dev/full").exists():
+            pytest.skip("needs a file that is always full")
+        (tmp_path / NAME).symlink_to("/dev/full")
+    else:
+        (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="No space left" if place == "a full disk" else "file"):
+        load_data(
+            "auto", tmp_path / "file" / "data" if place == "a file in the way" else tmp_path, train=True
+        )
+    assert "No CIFAR-10" not in capsys.readouterr().out
+    assert not any(path.startswith("/other/") for path in Mirror.requests)
 
 
-@pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize(("number", "expected"), [("05", 2), ("06", 1)])
-def test_05_and_06_augment_by_their_data_and_group_size(lessons, tmp_path, monkeypatch, number, expected):
-    lesson, calls = lessons[number], []
-    make = lesson.make_augmentation
-    monkeypatch.setattr(lesson, "make_augmentation", lambda *args: (calls.append(args), make(*args))[1])
-    run_lesson(lesson, tmp_path, "--subset", 32, "--group-size", 8)
-    assert calls == [("digits", 8)] * expected
+def test_digits_are_two_disjoint_splits_of_all_1797_images(load_data, tmp_path):
+    """Every fifth image is a test image. Nothing is asked of the network."""
+    digits = load_digits()
+    numbers, test = np.arange(1797), np.arange(1797) % 5 == 4
+    for train, chosen in [(True, numbers[~test]), (False, numbers[test])]:
+        images, labels, class_names, data = load_data("digits", tmp_path / "none", train=train)
+        assert images.dtype == torch.uint8 and images.shape == (len(chosen), 3, 32, 32)
+        assert labels.dtype == torch.int64 and labels.tolist() == digits.target[chosen].tolist()
+        small = images[:, 1, ::4, ::4].numpy()
+        assert np.abs(small / 255 * 16 - digits.images[chosen]).max() < 0.1, "upright, and not mirrored"
+        enlarged = small.repeat(4, axis=1).repeat(4, axis=2)
+        assert all(np.array_equal(images[:, channel].numpy(), enlarged) for channel in range(3))
+        assert class_names == list("0123456789") and data == "digits"
+    assert not (tmp_path / "none").exists()
 
 
-def test_the_folder_of_the_unpacked_files_can_be_named_itself(cifar10, archive, monkeypatch, tmp_path):
-    lesson, _ = cifar10
-    monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER])
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0])
-    expected = lesson.load_data("cifar10", tmp_path, train=True)[0]
-    inner = tmp_path / "cifar-10-batches-py"
-    assert torch.equal(lesson.load_data("cifar10", inner, train=True)[0], expected)
-    assert not (inner / "cifar-10-batches-py").exists()
+def test_validation_split_is_disjoint_complete_and_seeded(lessons):
+    """80 % and 20 %, shuffled by the seed alone; labels stay with their images; a subset is the beginning of each."""
+    split = lessons["02"].split_train_val
+    numbers = torch.arange(50_003)  # every image is its own number, and the split is uneven
 
+    def draw(seed, subset):
+        parts = split(numbers.view(-1, 1, 1, 1), numbers, seed, subset)
+        assert all(torch.equal(part.tensors[0].flatten(), part.tensors[1]) for part in parts)
+        return [part.tensors[1].tolist() for part in parts]
 
-@pytest.mark.parametrize("name", ["cifar-10-python.tar", "cifar-10-python (1).tar.gz", "cifar-10-python"])
-def test_an_archive_of_another_name_is_named(lessons, monkeypatch, tmp_path, name):
-    """Neither downloaded again nor passed over for digits. The right archive, or the files, beside it will do."""
-    for lesson in lessons.values():
-        monkeypatch.setattr(lesson, "MIRRORS", [NO_SERVER])
-        (tmp_path / name).touch()
-        with pytest.raises(SystemExit) as error:
-            lesson.load_data("auto", tmp_path, train=True)
-        assert str(tmp_path / name) in error.value.code and "tar -xf" in error.value.code
-        for right in ["cifar-10-batches-py", "cifar-10-python.tar.gz"]:
-            (tmp_path / right).touch()
-            with pytest.raises((SystemExit, OSError)) as error:
-                lesson.load_data("cifar10", tmp_path, train=True)
-            assert "tar -xf" not in str(error.value)
-            (tmp_path / right).unlink()
+    train, val = draw(42, 50_003)
+    assert (len(train), len(val)) == (40_002, 10_001) and sorted(train + val) == numbers.tolist()
+    assert train != sorted(train) and val != sorted(val)
+    torch.rand(1)  # other random numbers make no difference
+    assert draw(42, 50_003) == [train, val] and draw(43, 50_003)[1] != val
+    assert draw(42, 100) == [train[:100], val[:100]]

@@ -1,213 +1,100 @@
-"""Every lesson runs from beginning to end, offline, and leaves what it promises."""
+"""Every lesson runs from beginning to end, offline, and leaves what it promises and nothing else."""
 
-import json
 import re
-import shutil
-import sys
 
 import pytest
-import torch
 from common import read_scalars
-from conftest import IMAGES, run_lesson
+from conftest import NEW, load
+from PIL import Image
 
-ARMS = {
+# The variants that a lesson trains, by the names of their folders; lesson 01 writes nothing for TensorBoard.
+VARIANTS = {
+    "01": [],
     "02": [""],
     "03": [""],
     "04": ["Constant", "StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingLR", "ReduceLROnPlateau"],
-    "05": ["without_augmentation", "with_augmentation", "with_augmentation_and_dropout"],
-    "06": ["training"],
-    "07": ["float32", "bfloat16"],
-    "08": [""],
-    "11": ["by_file", "by_group"],
-    "12": [""],
+    "05": ["without_augmentation", "with_augmentation", "strong_augmentation"],
+    "06": [""],
 }
-FILES = {
-    "01": ["01_basic_training.png"],
-    "02": [],
-    "03": [
-        f"checkpoints/03_save_load_model/digits_run_1/{name}.pth"
-        for name in ["latest_checkpoint", "best_model"]
-    ],
-    "04": ["lr_schedules.png", "lr_comparison.png"]
-    + [f"checkpoints/04_lr_scheduler/digits_run_1/{arm}/latest_checkpoint.pth" for arm in ARMS["04"]]
-    + [f"checkpoints/04_lr_scheduler/digits_run_1/{arm}/best_model.pth" for arm in ARMS["04"]],
-    "05": ["data_augmentation_demo.png", "augmentation_comparison.png"]
-    + [f"checkpoints/05_data_augmentation/digits_run_1/{arm}/latest_checkpoint.pth" for arm in ARMS["05"]]
-    + [f"checkpoints/05_data_augmentation/digits_run_1/{arm}/best_model.pth" for arm in ARMS["05"]],
-    "06": ["checkpoints/best_model_eval.pth", "evaluation_report.json"]
-    + [f"{name}.png" for name in ["confusion_matrix", "confidence_analysis", "error_samples"]],
-    "07": ["mixed_precision.png"]
-    + [f"checkpoints/07_mixed_precision/digits_run_1/{arm}/latest_checkpoint.pth" for arm in ARMS["07"]]
-    + [f"checkpoints/07_mixed_precision/digits_run_1/{arm}/best_model.pth" for arm in ARMS["07"]],
-    "08": ["early_stopping.png"]
-    + [
-        f"checkpoints/08_early_stopping/digits_run_1/{name}.pth"
-        for name in ["latest_checkpoint", "best_model"]
-    ],
-    "09": ["gradient_clipping.png"],
-    "10": ["checkpoints/10_transfer_learning/digits_run_1/pretrained.pth"]
-    + ["transfer_learning.json", "transfer_learning.png"],
-    "11": ["custom_dataset.png"]
-    + [f"checkpoints/11_custom_dataset/digits_run_1/{arm}/latest_checkpoint.pth" for arm in ARMS["11"]]
-    + [f"checkpoints/11_custom_dataset/digits_run_1/{arm}/best_model.pth" for arm in ARMS["11"]],
-    "12": [
-        f"checkpoints/12_distributed/digits_run_1/{name}.pth" for name in ["latest_checkpoint", "best_model"]
-    ],
+PICTURES = {
+    "01": ["01_samples", "01_basic_training"],
+    "04": ["lr_schedules", "lr_comparison"],
+    "05": ["data_augmentation_demo", "augmentation_comparison"],
+    "06": ["confusion_matrix", "confidence_analysis", "error_samples"],
 }
-CURVES = {"Loss/train", "Loss/val", "Accuracy/train", "Accuracy/val", "LearningRate", "Seconds"}
-CURVES |= {"Overfitting/accuracy_gap"}
-MORE_CURVES = {"04": {"Accuracy/best_val"}, "05": {"Accuracy/best_val"}}
-MORE_CURVES["07"] = {"Accuracy/best_val", "ImagesPerSecond/train", "ImagesPerSecond/val", "LossScale"}
-MORE_CURVES |= {"11": {"Accuracy/best_val"}, "12": {"ImagesPerSecond"}}
+CURVES = {"Loss/train", "Loss/val", "Accuracy/train", "Accuracy/val", "Overfitting/accuracy_gap"}
+CURVES |= {"LearningRate", "Seconds"}
 
 
-@pytest.mark.parametrize("number", FILES)
-def test_writes_every_promised_file_and_no_other(finished, number, device):
+def checkpoint_paths(lesson, number):
+    """Return the promised checkpoints of a run of two epochs, relative to artifacts/."""
+    if number == "06":
+        return ["checkpoints/best_model_eval.pth"]
+    if number in ["01", "02"]:
+        return []
+    folders = [f"checkpoints/{lesson.LESSON}/{variant}".rstrip("/") for variant in VARIANTS[number]]
+    return [f"{folder}/{name}.pth" for folder in folders for name in ["best_model", "latest_checkpoint"]]
+
+
+@pytest.mark.parametrize("number", NEW)
+def test_a_lesson_writes_the_promised_files_and_no_other(finished, lessons, number, device):
+    """TensorBoard's are one event file for each variant, in a folder with the date and time of the start."""
     run = finished(number, device)
-    written = [path for path in run.artifacts.rglob("*") if path.is_file()] if run.artifacts.exists() else []
-    names = {path.relative_to(run.artifacts).as_posix() for path in written}
-    if (number, device) == ("07", "cuda"):  # one arm more
-        names = {name for name in names if "/float16/" not in name}
-    if number == "11":  # its own pictures, which test_pictures.py looks at
-        names = {name for name in names if not name.startswith("11_custom_dataset/digits_10_scenes/")}
-    assert names == set(FILES[number])
-    assert all(path.stat().st_size > 0 for path in written)
+    written = [path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file()]
+    events = [name for name in written if name.startswith("tensor_board/")]
+    promised = checkpoint_paths(lessons[number], number) + [f"{x}.png" for x in PICTURES.get(number, [])]
+    promised += ["evaluation_report.json"] if number == "06" else []
+    assert set(written) - set(events) == {f"artifacts/{name}" for name in promised}
+    assert all((run.folder / name).stat().st_size > 0 for name in written)
+
+    starts = {name.split("/")[-2] for name in events}
+    assert all(re.fullmatch(r"\d{8}-\d{6}", start) for start in starts) and len(starts) == (number != "01")
+    folders = [name.split("/")[1:-2] for name in events]
+    expected = [[lessons[number].LESSON, *filter(None, [variant])] for variant in VARIANTS[number]]
+    assert sorted(folders) == sorted(expected)
 
 
-@pytest.mark.parametrize("number", FILES)
-def test_pictures_are_complete(finished, number):
-    for path in finished(number).artifacts.glob("*.png"):
-        content = path.read_bytes()
-        assert content.startswith(b"\x89PNG") and content.rstrip().endswith(b"IEND\xaeB`\x82"), path
+@pytest.mark.parametrize("number", PICTURES)
+def test_pictures_are_complete_and_show_something(finished, number):
+    """Pillow refuses a PNG file that is cut off."""
+    for name in PICTURES[number]:
+        with Image.open(finished(number).artifacts / f"{name}.png") as picture:
+            picture.load()
+            darkest, brightest = picture.convert("L").getextrema()
+            assert picture.format == "PNG" and min(picture.size) > 200 and brightest - darkest > 100, name
 
 
-@pytest.mark.parametrize("number", FILES)
-def test_header_and_epoch_line_say_what_is_being_done(finished, lessons, number, device):
-    run = finished(number, device)
-    count = IMAGES.get(number, 256)
-    special = {"01": "256 images | parameters: 620,586", "11": "399 pictures"}
-    images = special.get(number, f"{count} + {count} images")
-    assert f"Device: {device} | data: digits, {images}\n" in run.output
-    rate = r"[\d,]+ images/s" if number == "12" else r"lr \d\.\d{5}"
-    val = "" if number == "01" else rf" \| val loss \d+\.\d{{4}}, acc +\d+\.\d\d % \| {rate}"
-    pattern = rf"Epoch  1/1 \| train loss \d+\.\d{{4}}, acc +\d+\.\d\d %{val} \| \d+ s"
-    lines = [line for line in run.output.splitlines() if line.startswith("Epoch")]
-    special = {"01": 1, "07": 2 + (device == "cuda"), "09": 0, "10": 1}
-    assert len(lines) == special.get(number, len(ARMS.get(number, []))) and all(
-        re.fullmatch(pattern, line) for line in lines
-    )
-    assert max(map(len, lines), default=0) <= 100
+@pytest.mark.parametrize("number", NEW)
+def test_screen_curves_and_checkpoints_agree(finished, lessons, number, device):
+    """Every epoch is one line on the screen, one point on every curve, and one row in the checkpoint's history."""
+    run, lesson = finished(number, device), lessons[number]
+    special = {"01": "256 images | model: 620,586 parameters"}
+    assert f"Device: {device} | digits: {special.get(number, '256 + 256 images')}\n" in run.output
+    lines = iter([line for line in run.output.splitlines() if line.startswith("Epoch")])
+    for i, variant in enumerate(VARIANTS[number]):
+        [events] = (run.folder / "tensor_board" / lesson.LESSON / variant).rglob("events*")
+        curves = read_scalars(events.parent)
+        test_curves = {"Test/loss", "Test/accuracy"} if number == "06" else set()
+        assert set(curves) == CURVES | test_curves
+        assert all([step for step, _ in curves[name]] == [1, 2] for name in CURVES)
+        for epoch in [1, 2]:
+            row = {name: curves[name][epoch - 1][1] for name in CURVES}
+            numbers = re.fullmatch(
+                rf"Epoch  {epoch}/2 \| train loss (\d+\.\d{{4}}), acc +(\d+\.\d\d) % \| "
+                r"val loss (\d+\.\d{4}), acc +(\d+\.\d\d) % \| lr (\d\.\d{5}) \| \d+ s",
+                next(lines),
+            )
+            names = ["Loss/train", "Accuracy/train", "Loss/val", "Accuracy/val", "LearningRate"]
+            for text, name in zip(numbers.groups(), names, strict=True):
+                assert float(text) == pytest.approx(row[name], abs=0.6 * 10 ** -len(text.split(".")[1])), name
+            gap = row["Accuracy/train"] - row["Accuracy/val"]
+            assert row["Overfitting/accuracy_gap"] == pytest.approx(gap, abs=1e-4)
+        paths = checkpoint_paths(lesson, number)[2 * i : 2 * i + 2]
+        histories = [load(run.artifacts / path)["history"] for path in paths]
+        if number in ["03", "04", "05"]:
+            assert len(histories[1]) == 2, "the latest checkpoint holds both epochs"
+        for history in histories:
+            for epoch, row in enumerate(history):
+                assert row == {name: pytest.approx(curves[name][epoch][1], rel=1e-5) for name in CURVES}
     if number != "01":
-        folder = run.folder / "tensor_board" / lessons[number].LESSON
-        command = lessons[number].quote([sys.executable, "-m", "tensorboard.main", "--logdir", str(folder)])
-        assert run.output.splitlines()[-1] == f"Done. To see the curves: {command}"
-
-
-@pytest.mark.parametrize("number", ARMS)
-def test_tensorboard_has_one_run_an_arm_with_all_curves(finished, lessons, number, device):
-    lesson_dir = finished(number, device).folder / "tensor_board" / lessons[number].LESSON
-    assert [run.name for run in lesson_dir.iterdir()] == ["digits_run_1"]
-    for arm in ARMS[number]:
-        files = [path for path in (lesson_dir / "digits_run_1" / arm).iterdir() if path.is_file()]
-        assert len(files) == 1, "one event file a run"
-        scalars = read_scalars(files[0].parent)
-        memory = {"PeakMemoryGB"} if (number, device) == ("07", "cuda") else set()
-        assert set(scalars) == CURVES | MORE_CURVES.get(number, set()) | memory
-        assert all([step for step, _ in points] == [1] for points in scalars.values())
-
-
-@pytest.mark.parametrize("number", ARMS)
-def test_the_same_figures_stand_on_the_screen_in_tensorboard_and_in_checkpoints(finished, lessons, number):
-    run = finished(number)
-    lines = [line for line in run.output.splitlines() if line.startswith("Epoch")]
-    for arm, line in zip(ARMS[number], lines, strict=True):
-        scalars = read_scalars(run.folder / "tensor_board" / lessons[number].LESSON / "digits_run_1" / arm)
-        values = {name: points[0][1] for name, points in scalars.items()}
-        numbers = re.findall(r"(?:loss|acc|lr) +([\d.]+)", line)
-        names = ["Loss/train", "Accuracy/train", "Loss/val", "Accuracy/val", "LearningRate"]
-        if number == "12":  # says images a second instead of the rate
-            names.remove("LearningRate")
-        for text, name in zip(numbers, names, strict=True):
-            assert float(text) == pytest.approx(values[name], abs=0.6 * 10 ** -len(text.split(".")[1])), name
-        if number == "02":
-            continue
-        path = (
-            run.artifacts / "checkpoints" / lessons[number].LESSON / "digits_run_1" / arm / "best_model.pth"
-        )
-        path = run.artifacts / "checkpoints" / "best_model_eval.pth" if number == "06" else path
-        [row] = torch.load(path, weights_only=True)["history"]
-        assert row.keys() == values.keys()
-        assert all(row[name] == pytest.approx(values[name], rel=1e-5) for name in row)
-
-
-def test_02_says_how_the_modes_differ_and_gives_a_verdict(finished):
-    output = finished("02").output
-    train, evaluation = re.findall(
-        r"(?:train|eval) +mode: ([\d.]+) by Dropout, ([\d.]+) by other images \(BatchNorm\)", output
-    )
-    assert float(train[0]) > 0.01 and float(train[1]) > 0.01
-    assert float(evaluation[0]) == 0 and float(evaluation[1]) < 0.001
-    assert "Verdict: " in output
-
-
-def test_03_predicts_ten_test_images(finished):
-    lines = re.findall(
-        r"true: (\S+) +predicted: (\S+ \d+\.\d %), (\S+ \d+\.\d %), (\S+ \d+\.\d %)", finished("03").output
-    )
-    assert len(lines) == 10
-
-
-def test_03_checkpoint_holds_everything_in_plain_types(finished, lessons):
-    path = (
-        finished("03").artifacts
-        / "checkpoints"
-        / "03_save_load_model"
-        / "digits_run_1"
-        / "latest_checkpoint.pth"
-    )
-    checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["lesson"] == "03_save_load_model" and len(checkpoint["history"]) == 1
-    assert checkpoint["class_names"] == list("0123456789")
-    assert checkpoint["hyperparameters"] == {
-        "epochs": 1, "batch_size": 128, "lr": 0.02, "seed": 42, "data": "digits", "subset": 256,
-    }  # fmt: skip
-    assert len(checkpoint["random_states"]) == 2, "the loader's and PyTorch's own; one more for each GPU"
-    assert set(checkpoint["optimizer"]["state"]) == set(
-        range(len(list(lessons["03"].SimpleCNN().parameters())))
-    )
-    assert all("momentum_buffer" in state for state in checkpoint["optimizer"]["state"].values())
-
-
-def test_04_ranks_the_arms_by_their_best_validation_accuracy(finished):
-    ranking = re.findall(r"^  (\w+) +(\d+\.\d+) % in epoch", finished("04").output, flags=re.MULTILINE)
-    assert {name for name, _ in ranking} == set(ARMS["04"])
-    accuracies = [float(accuracy) for _, accuracy in ranking]
-    assert accuracies == sorted(accuracies, reverse=True)
-
-
-def test_05_analyses_every_arm(finished):
-    output = finished("05").output
-    for arm in ARMS["05"]:
-        assert re.search(
-            rf"{arm}: training \d+\.\d+ %, validation \d+\.\d+ %\n +gap -?\d+\.\d+ points", output
-        )
-
-
-def test_06_report_is_complete_and_names_its_data(finished):
-    report = json.loads((finished("06").artifacts / "evaluation_report.json").read_text(encoding="utf-8"))
-    assert report["images"] == 256 and "digits" in report["model"]
-    assert set(report["classes"]) == set("0123456789")
-    assert sum(map(sum, report["confusion_matrix"])) == 256
-    assert "Diagnosis: " in finished("06").output
-
-
-@pytest.mark.usefixtures("no_pictures")
-def test_06_does_not_train_again_and_evaluates_other_lessons_checkpoints(finished, lessons, tmp_path):
-    shutil.copytree(finished("06").artifacts, tmp_path / "artifacts")
-    again = run_lesson(lessons["06"], tmp_path)
-    assert "No training" in again and "Epoch" not in again
-    runs = finished("05").artifacts / "checkpoints" / "05_data_augmentation" / "digits_run_1"
-    output = run_lesson(
-        lessons["06"], tmp_path, "--checkpoint", runs / "with_augmentation" / "best_model.pth"
-    )
-    assert "Evaluation of 05_data_augmentation, 256 test images of digits" in output
+        assert next(lines, None) is None

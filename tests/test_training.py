@@ -1,422 +1,357 @@
-"""What the training and evaluation loops do, against references worked out here."""
+"""What the training and the evaluation do, against references that are worked out here.
+
+train_one_epoch() has three texts, which are tested in lessons 01, 02 and 05. What happens around it is watched in
+every lesson.
+"""
 
 import copy
+import functools
 import math
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from common import read_scalars
-from conftest import CPU, run_lesson
-from matplotlib.figure import Figure
+import torch.nn.functional as F
+from common import load_lesson, read_scalars
+from conftest import (
+    NEW,
+    checkpoints_of,
+    draw_nothing,
+    folder_of,
+    load,
+    one_variant,
+    run_lesson,
+    use_results,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-NUMBERS = ["01", "02", "03", "04", "05", "06"]
-WITH_VALIDATION = NUMBERS[1:]
+TEXTS = ["01", "02", "05"]  # of train_one_epoch()
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]  # of CIFAR-10's training pixels
 
 
-@pytest.fixture
-def images():
-    """20 random images uint8 (20, 32, 32, 3) with labels, so that batches of 8 leave a last one of 4."""
-    generator = torch.Generator().manual_seed(7)
-    pixels = torch.randint(0, 256, (20, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return TensorDataset(pixels, torch.randint(0, 10, (20,), generator=generator))
+WATCHED = ["--epochs", 2, "--subset", 40, "--batch-size", 24, "--lr", 0.03, "--seed", 3]
 
 
-def make(lesson, dropout=0.0):
-    """Return a seeded network of the lesson."""
+def standardized(images):
+    """A second way to compute what normalize() returns."""
+    return torch.stack([(images[:, c].double() / 255 - MEAN[c]) / STD[c] for c in range(3)], dim=1).float()
+
+
+def make_model(lesson, **settings):
+    """Return a network of the lesson that is the same in every call."""
     torch.manual_seed(0)
-    return lesson.SimpleCNN(dropout=dropout)
+    return lesson.SimpleCNN(**settings)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_input_is_normalized_and_channels_last(lessons, number):
-    pixels = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    pixels[0, 5, 6] = torch.tensor([255, 51, 0])
-    inputs = lessons[number].to_input(pixels, CPU)
-    assert inputs.shape == (2, 3, 32, 32) and inputs.dtype == torch.float32
-    expected = [(1 - 0.4914) / 0.2470, (0.2 - 0.4822) / 0.2435, -0.4465 / 0.2616]
-    assert torch.allclose(inputs[0, :, 5, 6], torch.tensor(expected), atol=1e-5)
-    assert inputs.is_contiguous(memory_format=torch.channels_last)
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A function that returns what a lesson did while main() trained on 40 digits for 2 epochs, in batches of 24.
+
+    .passes are the forward passes as (images, train mode?, gradients?), .epochs what train_one_epoch() was given,
+    returned and left behind, .output what was printed.
+    """
+
+    @functools.cache
+    def watch(number):
+        lesson, seen = load_lesson(number), SimpleNamespace(passes=[], epochs=[])
+        train_one_epoch, forward = lesson.train_one_epoch, lesson.SimpleCNN.forward
+
+        def watched_forward(self, x):
+            seen.passes.append((len(x), self.training, torch.is_grad_enabled()))
+            return forward(self, x)
+
+        def watched_epoch(model, loader, loss_fn, optimizer, device, *args):
+            epoch = SimpleNamespace(
+                loader=loader, optimizer=optimizer, device=device, loss_fn=loss_fn, calls=[]
+            )
+            epoch.group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+            epoch.weights = {id(weight) for weight in model.parameters()}
+            seen.epochs.append(epoch)
+
+            def watched_loss(logits, labels):
+                epoch.calls.append((logits.detach().clone(), labels.clone()))
+                return loss_fn(logits, labels)
+
+            epoch.result = train_one_epoch(model, loader, watched_loss, optimizer, device, *args)
+            epoch.model = copy.deepcopy(model)
+            epoch.channels_last = model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+            return epoch.result
+
+        with pytest.MonkeyPatch.context() as patch:
+            draw_nothing(patch, [lesson])
+            patch.setattr(lesson.SimpleCNN, "forward", watched_forward)
+            patch.setattr(lesson, "train_one_epoch", watched_epoch)
+            seen.output = run_lesson(
+                lesson, tmp_path_factory.mktemp("watched"), *WATCHED, *one_variant(number)
+            )
+        return seen
+
+    return watch
 
 
-def test_the_constants_are_the_pixel_deviations_not_the_mean_of_the_images(lessons):
-    for lesson in lessons.values():
-        assert lesson.MEAN.flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
-        assert lesson.STD.flatten().tolist() == pytest.approx([0.2470, 0.2435, 0.2616])
+# The parts
 
 
-def test_network_is_three_convolutions_and_two_linear_layers(lessons):
-    for lesson in lessons.values():
-        kinds = [type(module) for module in lesson.SimpleCNN().modules()]
-        assert (
-            kinds.count(nn.Conv2d) == 3 and kinds.count(nn.Linear) == 2 and kinds.count(nn.BatchNorm2d) == 3
-        )
-        assert lesson.SimpleCNN().dropout.p == 0.0
-        logits = make(lesson).eval()(torch.randn(4, 3, 32, 32))
-        assert logits.shape == (4, 10)
-        assert not torch.allclose(logits.sum(dim=1), torch.ones(4)), "logits, not probabilities"
+def test_normalized_pixels_have_mean_0_and_deviation_1(lessons):
+    """With the constants of CIFAR-10's training pixels. uint8 (N, 3, 32, 32) becomes float32 of the same shape."""
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    for channel in range(3):  # pixels with the mean and the deviation of CIFAR-10, up to rounding
+        images[:2, channel] = round(255 * (MEAN[channel] - STD[channel]))
+        images[2:, channel] = round(255 * (MEAN[channel] + STD[channel]))
+    inputs = lessons["01"].normalize(images)
+    assert inputs.dtype == torch.float32 and inputs.shape == images.shape
+    assert inputs.mean(dim=(0, 2, 3)).tolist() == pytest.approx([0.0] * 3, abs=0.01)
+    assert inputs.std(dim=(0, 2, 3), correction=0).tolist() == pytest.approx([1.0] * 3, abs=0.01)
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(12).view(1, 3, 32, 32)
+    assert torch.allclose(lessons["01"].normalize(pixels), standardized(pixels), atol=1e-6)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_training_loss_and_accuracy_are_weighted_by_images(lessons, images, number):
-    model, loss_fn = make(lessons[number]), nn.CrossEntropyLoss()
-    reference = copy.deepcopy(model).train()
-    total, correct = 0.0, 0
-    for first, last in [(0, 8), (8, 16), (16, 20)]:
-        pixels, labels = images[first:last]
-        logits = reference(lessons[number].to_input(pixels, CPU))
-        total += loss_fn(logits, labels).item() * (last - first)
+def test_the_network_is_three_convolutions_and_two_linear_layers(lessons):
+    """Its layers, the shapes between them, and logits instead of probabilities at its end."""
+    model, shapes = make_model(lessons["01"], num_classes=7).eval(), {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *args, name=name: shapes.update({name: tuple(args[2].shape)}))
+    logits = model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert shapes == {
+        "conv1": (2, 32, 32, 32), "bn1": (2, 32, 16, 16), "conv2": (2, 64, 16, 16), "bn2": (2, 64, 8, 8),
+        "conv3": (2, 128, 8, 8), "bn3": (2, 128, 4, 4), "fc1": (2, 256), "dropout": (2, 256), "fc2": (2, 7),
+        "": (2, 7),
+    }  # fmt: skip
+    kinds = [type(module) for module in model.children()]
+    convolutions = [nn.Conv2d, nn.BatchNorm2d] * 3
+    assert kinds == [*convolutions, nn.Linear, nn.Dropout, nn.Linear] and model.dropout.p == 0.0
+    assert all(getattr(model, f"conv{i}").kernel_size == (3, 3) for i in [1, 2, 3])
+    assert (logits < 0).any() and not torch.allclose(logits.sum(dim=1), torch.ones(2), atol=1e-3)
+    assert sum(weight.numel() for weight in make_model(lessons["01"]).parameters()) == 620_586
+
+
+@pytest.mark.parametrize("number", TEXTS)
+def test_training_metrics_are_weighted_by_images(lessons, images, number):
+    """The last batch of 4 counts half as much as the two batches of 8 before it."""
+    lesson, loss_fn = lessons[number], nn.CrossEntropyLoss()
+    model = make_model(lesson)
+    reference, total, correct = copy.deepcopy(model).train(), 0.0, 0
+    for batch, labels in DataLoader(images, 8):
+        logits = reference(standardized(batch))
+        total += loss_fn(logits, labels).item() * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum().item()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # no learning, so that the reference holds
-    loss, accuracy = lessons[number].train_one_epoch(model, DataLoader(images, 8), loss_fn, optimizer, CPU, 1)
-    assert loss == pytest.approx(total / 20, abs=1e-5) and accuracy == pytest.approx(100 * correct / 20)
+    loss, accuracy = lesson.train_one_epoch(model, DataLoader(images, 8), loss_fn, optimizer, "cpu")
+    assert loss == pytest.approx(total / 20, abs=1e-5) and accuracy == pytest.approx(5 * correct)
 
 
-@pytest.mark.parametrize("number", WITH_VALIDATION)
-def test_evaluation_does_not_depend_on_the_batch_size_and_changes_nothing(lessons, images, number):
-    model, loss_fn = make(lessons[number], dropout=0.5), nn.CrossEntropyLoss()
-    before = copy.deepcopy(model.state_dict())
-    results = [lessons[number].evaluate(model, DataLoader(images, size), CPU) for size in [20, 8, 3]]
-    assert results[0][0] == pytest.approx(results[1][0], abs=1e-5) == pytest.approx(results[2][0], abs=1e-5)
-    assert results[0][1] == pytest.approx(results[1][1]) == pytest.approx(results[2][1])
-    logits = model.eval()(lessons[number].to_input(images[:][0], CPU))
-    assert results[0][0] == pytest.approx(loss_fn(logits, images[:][1]).item(), abs=1e-5)
-    assert all(torch.equal(before[name], weights) for name, weights in model.state_dict().items())
+@pytest.mark.parametrize("number", TEXTS)
+def test_every_batch_is_one_step_of_sgd_with_momentum(lessons, images, number):
+    """By the gradient of the batch alone. Two epochs, because momentum is carried over from one to the next."""
+    model = make_model(lessons[number])
+    reference = copy.deepcopy(model).train()
+    weights = list(reference.parameters())
+    updates = [torch.zeros_like(weight) for weight in weights]
+    for batch, labels in [*DataLoader(images, 8)] * 2:
+        gradients = torch.autograd.grad(F.cross_entropy(reference(standardized(batch)), labels), weights)
+        for weight, update, gradient in zip(weights, updates, gradients, strict=True):
+            update.mul_(0.9).add_(gradient)
+            weight.data -= 0.01 * update
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(2):
+        lessons[number].train_one_epoch(model, DataLoader(images, 8), nn.CrossEntropyLoss(), optimizer, "cpu")
+    for weight, expected in zip(model.parameters(), weights, strict=True):
+        assert torch.allclose(weight, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_modes_and_gradients_are_right_in_every_epoch(lessons, tmp_path, monkeypatch, number):
-    """Seen at the network while main() runs: 2 batches of training in train mode, 1 of validation in eval mode."""
-    seen, forward = [], lessons[number].SimpleCNN.forward
-
-    def spy(self, x):
-        seen.append((len(x), self.training, torch.is_grad_enabled()))
-        return forward(self, x)
-
-    monkeypatch.setattr(lessons[number].SimpleCNN, "forward", spy)
-    arms = ["--schedulers", "StepLR"] if number == "04" else []
-    run_lesson(lessons[number], tmp_path, "--epochs", 2, "--subset", 48, "--batch-size", 32, *arms)
-    epoch = [(32, True, True), (16, True, True)] + ([(48, False, False)] if number != "01" else [])
-    assert seen[: 2 * len(epoch)] == epoch * 2
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-def test_one_epoch_takes_the_steps_of_plain_sgd(lessons, images, number):
-    """Gradients are those of the batch alone, and every batch moves the weights once."""
-    model, loss_fn = make(lessons[number]), nn.CrossEntropyLoss()
-    reference = copy.deepcopy(model)
-    for first, last in [(0, 8), (8, 16), (16, 20)]:
-        pixels, labels = images[first:last]
-        gradients = torch.autograd.grad(
-            loss_fn(reference(lessons[number].to_input(pixels, CPU)), labels), list(reference.parameters())
-        )
-        with torch.no_grad():
-            for weights, gradient in zip(reference.parameters(), gradients, strict=True):
-                weights -= 0.01 * gradient
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    lessons[number].train_one_epoch(model, DataLoader(images, 8), loss_fn, optimizer, CPU, 1)
-    for weights, expected in zip(model.parameters(), reference.parameters(), strict=True):
-        assert torch.allclose(weights, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-def test_batches_come_in_a_new_order_every_epoch_by_the_seed_alone(lessons, tmp_path, monkeypatch, number):
-    orders = []
-
-    def spy(model, loader, *_):
-        torch.seed()  # all other random numbers: they change no order
-        orders.append(torch.cat([images.flatten(1).sum(dim=1) for images, _ in loader]).tolist())
-        return 1.0, 50.0
-
-    monkeypatch.setattr(lessons[number], "train_one_epoch", spy)
-    monkeypatch.setattr(
-        torch.optim.lr_scheduler.LRScheduler, "step", lambda self, *_: None
-    )  # nothing was trained
-    arms = ["--schedulers", "Constant", "ReduceLROnPlateau"] if number == "04" else []
-    for seed in [1, 1, 2]:
-        folder = tmp_path / str(len(orders))
-        run_lesson(lessons[number], folder, "--epochs", 2, "--seed", seed, "--subset", 64, *arms)
-    first, again, other = (orders[i * len(orders) // 3 : (i + 1) * len(orders) // 3] for i in range(3))
-    assert first[0] != first[1] and sorted(first[0]) == sorted(first[1])
-    assert first == again and first != other
-
-
-@pytest.mark.parametrize("number", ["01", "02", "05"])  # the others have the text of the one before
-def test_the_network_can_learn_64_images_by_heart(lessons, number):
+@pytest.mark.parametrize("number", TEXTS)
+def test_the_network_can_memorize_64_images(lessons, number):
+    """The first check of any model: random pixels with random labels, which nothing but memory can tell apart."""
     generator = torch.Generator().manual_seed(1)
-    pixels = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    loader = DataLoader(TensorDataset(pixels, torch.arange(64) % 10), 64)
-    model = make(lessons[number])
+    pixels = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    loader = DataLoader(TensorDataset(pixels, torch.arange(64) % 10), 32)
+    model = make_model(lessons[number])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    for _ in range(30):
+    for _ in range(12):
         loss, accuracy = lessons[number].train_one_epoch(
-            model, loader, nn.CrossEntropyLoss(), optimizer, CPU, 1
+            model, loader, nn.CrossEntropyLoss(), optimizer, "cpu"
         )
     assert accuracy == 100 and loss < 0.1
 
 
-def test_cross_entropy_on_probabilities_could_not_fall_that_low():
-    """The reason why logits go into CrossEntropyLoss: certain and right probabilities still cost 1.461."""
-    certain = nn.functional.one_hot(torch.arange(10)).float()
-    loss = nn.CrossEntropyLoss()(certain, torch.arange(10)).item()
-    assert loss == pytest.approx(math.log(1 + 9 / math.e), abs=1e-4)
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-def test_loss_function_gets_logits(lessons, images, number):
-    def check(logits, labels):
-        assert not torch.allclose(logits.sum(dim=1), torch.ones(len(logits)), atol=1e-3)
-        assert (logits < 0).any()
-        return nn.functional.cross_entropy(logits, labels)
-
-    model = make(lessons[number])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    lessons[number].train_one_epoch(model, DataLoader(images, 8), check, optimizer, CPU, 1)
-
-
-def test_02_modes_are_shown_on_a_copy(lessons, images, capsys):
-    model = make(lessons["02"])
+def test_evaluation_does_not_depend_on_the_batch_size_and_changes_nothing(lessons, images):
+    """Plain cross-entropy and accuracy in eval mode, weighted by images. BatchNorm's averages stay as they are."""
+    model = make_model(lessons["02"], dropout=0.5).train()
     before = copy.deepcopy(model.state_dict())
-    lessons["02"].show_modes(model, images[:][0], CPU)
-    assert all(torch.equal(before[name], weights) for name, weights in model.state_dict().items())
-    assert model.dropout.p == 0.0
+    results = [lessons["02"].evaluate(model, DataLoader(images, size), "cpu") for size in [20, 8, 3]]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
+    pixels, labels = images.tensors
+    logits = model.eval()(standardized(pixels))
+    accuracy = 100 * (logits.argmax(dim=1) == labels).double().mean().item()
+    assert (
+        results
+        == [(pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5), pytest.approx(accuracy))] * 3
+    )
 
 
-def rows(*figures):
-    """Return a history from tuples of training accuracy, validation accuracy, training loss, validation loss."""
-    return [
-        {"Overfitting/accuracy_gap": train - val, "Loss/train": train_loss, "Loss/val": val_loss}
-        for train, val, train_loss, val_loss in figures
-    ]
-
-
-def test_02_finds_the_epoch_in_which_overfitting_sets_in(lessons):
-    find = lessons["02"].find_overfitting
-    assert find(rows((50, 50, 1.5, 1.5), (60, 50, 1.2, 1.4))) == {}, "10 points are not more than 10"
-    gap = find(rows((50, 50, 1.5, 1.5), (60.1, 50, 1.2, 1.4), (70, 50, 1.0, 1.3)))
-    assert list(gap.values()) == [2] and "10 points" in list(gap)[0]
-    rising = [
-        (50, 50, 1.5, 1.0),
-        (50, 50, 1.4, 1.1),
-        (50, 50, 1.3, 1.2),
-        (50, 50, 1.2, 1.3),
-        (50, 50, 1.1, 1.4),
-    ]
-    assert list(find(rows(*rising)).values()) == [4]
-    assert find(rows(*rising[:3])) == {}, "risen for 2 epochs only"
-    rising[2] = (50, 50, 1.45, 1.2)
-    assert find(rows(*rising[:4])) == {}, "the training loss rose as well"
-    assert find(rows(*[(50, 50, 1.0, 1.0)] * 9)) == {}, "level is not rising"
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-def test_nothing_in_the_loops_waits_for_a_gpu(lessons, images, number, monkeypatch):
-    """Reading a number from a tensor waits until a GPU is done, so it happens once an epoch and not once a batch."""
+@pytest.mark.parametrize("number", TEXTS)
+def test_nothing_in_the_loops_makes_the_cpu_wait_for_a_gpu_after_every_batch(
+    lessons, images, number, monkeypatch
+):
+    """A number is read from a tensor once an epoch; only lesson 01 prints the loss of its first and last batch."""
     reads = []
-    for name in ["item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"]:
-        original = getattr(torch.Tensor, name)
+    for name in ["item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__format__"]:
+        method = getattr(torch.Tensor, name)
         monkeypatch.setattr(
-            torch.Tensor,
-            name,
-            lambda *args, _original=original, **kw: reads.append(1) or _original(*args, **kw),
+            torch.Tensor, name, lambda *args, _method=method, **kw: reads.append(1) or _method(*args, **kw)
         )
-    model, loss_fn = make(lessons[number]), nn.CrossEntropyLoss()
+    lesson, counts = lessons[number], []
+    model = make_model(lesson)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    counts = []
-    for batch_size in [5, 1]:  # 4 batches, and 20
+    for size in [5, 1]:  # 4 batches, and 20
         reads.clear()
-        lessons[number].train_one_epoch(model, DataLoader(images, batch_size), loss_fn, optimizer, CPU, 1)
+        lesson.train_one_epoch(model, DataLoader(images, size), nn.CrossEntropyLoss(), optimizer, "cpu")
         if number != "01":
-            lessons[number].evaluate(model, DataLoader(images, batch_size), CPU)
+            lesson.evaluate(model, DataLoader(images, size), "cpu")
         counts.append(len(reads))
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_batches_come_from_pinned_memory_for_cuda_only(lessons, number, device, monkeypatch, tmp_path):
-    """The loaders are made before the model goes to the device, so no GPU is needed to look at them."""
-    lesson, pinned = lessons[number], []
-
-    class GoesToDevice(Exception):
-        pass
-
-    class Loader(DataLoader):
-        def __init__(self, *args, pin_memory=False, **kwargs):
-            pinned.append(pin_memory)
-            super().__init__(*args, **kwargs)
-
-    def to(self, *args, **kwargs):
-        raise GoesToDevice
-
-    monkeypatch.setattr(lesson, "DataLoader", Loader)
-    parse_args = lesson.parse_args
-
-    def parse(*args):  # a device that this machine need not have
-        parsed = parse_args(*args)
-        parsed.device = torch.device(device)
-        return parsed
-
-    monkeypatch.setattr(lesson, "parse_args", parse)
-    monkeypatch.setattr(lesson.SimpleCNN, "to", to)
-    with pytest.raises(GoesToDevice):
-        run_lesson(lesson, tmp_path)
-    assert pinned == [device == "cuda"] * (1 if number == "01" else 2)
+# The whole
 
 
-class Anywhere(torch.Tensor):
-    """A tensor that goes to any device by staying here, and notes how it was asked to."""
-
-    asked = []
-
-    def to(self, device, non_blocking=False):
-        Anywhere.asked.append(non_blocking)
-        return self.as_subclass(torch.Tensor)
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
-def test_a_macs_gpu_gets_contiguous_images_and_only_cuda_copies_that_nobody_waits_for(
-    lessons, monkeypatch, number, kind
-):
-    """A stand-in takes the place of the device."""
-    lesson = lessons[number]
-    for constant in ["MEAN", "STD"]:
-        monkeypatch.setattr(lesson, constant, getattr(lesson, constant).as_subclass(Anywhere))
-    monkeypatch.setattr(Anywhere, "asked", [])
-    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8).as_subclass(Anywhere)
-    inputs = lesson.to_input(images, SimpleNamespace(type=kind))
-    assert inputs.is_contiguous() == (kind == "mps")
-    assert inputs.is_contiguous(memory_format=torch.channels_last) == (kind != "mps")
-    assert Anywhere.asked == [kind == "cuda"] * 3
+@pytest.mark.parametrize("number", NEW)
+def test_train_and_eval_mode_alternate_in_every_epoch(watched, number):
+    """Two batches with gradients in train mode, and then the validation without gradients in eval mode."""
+    epoch = [(24, True, True), (16, True, True)] + ([(40, False, False)] if number != "01" else [])
+    count = len(watched(number).epochs)
+    assert watched(number).passes[: count * len(epoch)] == epoch * count
+    assert count == (6 if number == "05" else 2)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_main_trains_by_the_flags(lessons, tmp_path, monkeypatch, number):
-    """Batch size, rate, momentum, epochs and the network's size, as the optimizer and the loader see them."""
-    lesson, seen = lessons[number], []
-    train_one_epoch = lesson.train_one_epoch
-
-    def spy(model, loader, loss_fn, optimizer, device, *args):
-        group = optimizer.param_groups[0]
-        seen.append((loader.batch_size, len(loader.dataset), group["lr"], group["momentum"], device, loss_fn))
-        assert {id(p) for p in model.parameters()} == {id(p) for p in group["params"]}
-        return train_one_epoch(model, loader, loss_fn, optimizer, device, *args)
-
-    monkeypatch.setattr(lesson, "train_one_epoch", spy)
-    arms = ["--schedulers", "Constant"] if number == "04" else []
-    run_lesson(lesson, tmp_path, "--epochs", 1, "--batch-size", 24, "--lr", 0.03, "--subset", 40, *arms)
-    assert len(seen) == (3 if number == "05" else 1)
-    smoothing = 0.1 if number in ["05", "06"] else 0.0
-    for batch_size, images, lr, momentum, device, loss_fn in seen:
-        # The first epoch of 05 and 06 warms up, at a third of the rate.
-        rate = pytest.approx(0.01 if number in ["05", "06"] else 0.03)
-        assert (batch_size, images, lr, momentum, device) == (24, 40, rate, 0.9, CPU)
-        assert isinstance(loss_fn, nn.CrossEntropyLoss) and loss_fn.label_smoothing == smoothing
+@pytest.mark.parametrize("number", NEW)
+def test_flags_take_effect(watched, number):
+    """--epochs, --subset, --batch-size and --lr reach the loader and the optimizer, which has momentum 0.9."""
+    epochs = watched(number).epochs
+    assert f"Epoch  2/2 | train loss {epochs[1].result[0]:.4f}" in watched(number).output
+    for epoch in epochs:
+        assert (epoch.loader.batch_size, len(epoch.loader.dataset), epoch.device) == (24, 40, "cpu")
+        assert isinstance(epoch.optimizer, torch.optim.SGD) and epoch.group["momentum"] == 0.9
+        assert {id(p) for group in epoch.optimizer.param_groups for p in group["params"]} == epoch.weights
+    # Lessons 05 and 06 warm up: their first epoch has a third of the learning rate.
+    assert epochs[0].group["lr"] == pytest.approx(0.01 if number in ["05", "06"] else 0.03)
 
 
-@pytest.mark.parametrize("number", WITH_VALIDATION)
-def test_printed_and_written_validation_figures_are_those_of_the_validation_images(
-    lessons, tmp_path, monkeypatch, number
-):
-    """Loss and accuracy are worked out again, from the network as it is after each epoch, on the split's images.
+@pytest.mark.parametrize("number", NEW)
+def test_the_loss_function_is_cross_entropy_of_logits(watched, number):
+    """Not of probabilities, with which the loss could not fall below 1.46. Lessons 05 and 06 smooth the labels."""
+    for epoch in watched(number).epochs:
+        smoothing = 0.1 if number in ["05", "06"] else 0.0
+        assert isinstance(epoch.loss_fn, nn.CrossEntropyLoss) and epoch.loss_fn.label_smoothing == smoothing
+        for logits, _ in epoch.calls:
+            assert (logits < 0).any() and not torch.allclose(
+                logits.sum(dim=1), torch.ones(len(logits)), atol=1e-3
+            )
 
-    The loss is the plain cross-entropy in every lesson, so that it compares with those of all others.
-    """
-    lesson, expected = lessons[number], []
-    train_one_epoch = lesson.train_one_epoch
-    images, labels, *_ = lesson.load_data("digits", tmp_path, train=True)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(3))
-    chosen = order[len(order) * 4 // 5 :][:70]
 
-    def spy(model, *args):
-        result = train_one_epoch(model, *args)
-        reference = copy.deepcopy(model).eval()
+@pytest.mark.parametrize("number", NEW[1:])
+def test_validation_metrics_are_those_of_the_validation_images(watched, lessons, tmp_path, number):
+    """Computed anew from the model as it was after every epoch. The loss is plain cross-entropy in every lesson."""
+    images, labels, *_ = lessons[number].load_data("digits", tmp_path, train=True)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(3))  # --seed 3
+    chosen = order[len(order) * 4 // 5 :][:40]
+    lines = re.findall(
+        r"^Epoch .*train loss (\S+), acc +(\S+) % \| val loss (\S+), acc +(\S+) %",
+        watched(number).output,
+        re.MULTILINE,
+    )
+    for epoch, line in zip(watched(number).epochs, lines, strict=True):
         with torch.no_grad():
-            logits = reference(lesson.to_input(images[chosen], CPU))
-        loss = nn.functional.cross_entropy(logits, labels[chosen]).item()
+            logits = epoch.model.eval()(standardized(images[chosen]))
+        loss = F.cross_entropy(logits, labels[chosen]).item()
         accuracy = 100 * (logits.argmax(dim=1) == labels[chosen]).double().mean().item()
-        expected.append((*result, loss, accuracy))
-        return result
-
-    monkeypatch.setattr(lesson, "train_one_epoch", spy)
-    arms = ["--schedulers", "Constant"] if number == "04" else []
-    output = run_lesson(lesson, tmp_path, "--epochs", 2, "--subset", 70, "--seed", 3, "--lr", 0.1, *arms)
-    printed = re.findall(
-        r"^Epoch .*train loss ([\d.]+), acc +([\d.]+) % \| val loss ([\d.]+), acc +([\d.]+) % \| lr [\d.]+ \| \d+ s$",
-        output,
-        flags=re.MULTILINE,
-    )
-    curves = [
-        read_scalars(events.parent)
-        for events in sorted(tmp_path.rglob("events*"), key=lambda path: path.stat().st_mtime_ns)
-    ]
-    curves = [curve for curve in curves if "Loss/val" in curve]
-    assert len(printed) == len(expected) == 2 * len(curves) > 0
-    for i, (row, figures) in enumerate(zip(printed, expected, strict=True)):
-        assert [float(value) for value in row[:4]] == pytest.approx(figures, abs=0.00501)
-        curve = curves[i // 2]
-        for name, value in zip(
-            ["Loss/train", "Accuracy/train", "Loss/val", "Accuracy/val"], figures, strict=True
-        ):
-            assert curve[name][i % 2] == (i % 2 + 1, pytest.approx(value, rel=1e-5)), name
-        gap = curve["Overfitting/accuracy_gap"][i % 2][1]
-        assert gap == pytest.approx(figures[1] - figures[3], abs=1e-4)
-    assert len({round(figures[2], 6) for figures in expected}) == len(expected), "first, last and best differ"
+        assert [float(value) for value in line[::2]] == pytest.approx([epoch.result[0], loss], abs=0.0002)
+        assert [float(value) for value in line[1::2]] == pytest.approx([epoch.result[1], accuracy], abs=0.006)
 
 
-def test_02_says_what_its_history_says(lessons, tmp_path, monkeypatch):
-    """Signs, verdict and best epoch of a made-up training whose first, last and best epochs differ."""
-    lesson = lessons["02"]
-    train = iter([(1.5, 50.0), (1.2, 62.0), (1.0, 75.0), (0.9, 77.0), (0.8, 78.0)])
-    val = iter([(1.4, 48.0), (1.1, 60.0), (1.2, 64.0), (1.3, 70.0), (1.4, 66.0)])
-    monkeypatch.setattr(lesson, "train_one_epoch", lambda *_: next(train))
-    monkeypatch.setattr(lesson, "evaluate", lambda *_: next(val))
-    lines = run_lesson(lesson, tmp_path, "--epochs", 5).splitlines()
-    signs = [line for line in lines if line.startswith("Sign of overfitting")]
-    assert re.search(r"epoch 3: training accuracy is more than 10 points above", signs[0])
-    assert re.search(r"epoch 5: validation loss has risen for 3 epochs", signs[1]) and len(signs) == 2
-    assert "Verdict: overfitting." in lines
-    assert "Best validation accuracy on digits: 70.00 % in epoch 4." in lines
-    calm = iter([(1.5, 50.0), (1.4, 51.0)] * 2)
-    monkeypatch.setattr(lesson, "train_one_epoch", lambda *_: next(calm))
-    monkeypatch.setattr(lesson, "evaluate", lambda *_: next(calm))
-    assert "Verdict: no sign of overfitting in 2 epochs." in run_lesson(lesson, tmp_path, "--epochs", 2)
+@pytest.mark.parametrize("number", NEW)
+def test_weights_are_channels_last_on_the_cpu_only(watched, lessons, tmp_path, monkeypatch, number):
+    """It is faster on CPUs. The device "meta", which computes nothing, takes the place of a GPU."""
+    assert all(epoch.channels_last for epoch in watched(number).epochs)
+
+    def stop(model, *_):
+        assert str(model.conv1.weight.device) == "meta" and model.conv1.weight.is_contiguous()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lessons[number], "train_one_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_lesson(lessons[number], tmp_path, "--device", "meta")
 
 
-def test_01_prints_and_draws_the_losses_of_its_epochs(lessons, tmp_path, monkeypatch):
-    lesson, drawn = lessons["01"], []
-    results = iter([(2.25, 11.5), (1.75, 33.25), (1.5, 44.0)])
-    monkeypatch.setattr(lesson, "train_one_epoch", lambda *_: next(results))
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append((figure.axes[0], path)))
-    output = run_lesson(lesson, tmp_path, "--epochs", 3)
-    for i, (loss, accuracy) in enumerate(
-        [("2.2500", "11.50"), ("1.7500", "33.25"), ("1.5000", "44.00")], start=1
+@pytest.mark.parametrize("number", NEW)
+def test_batches_come_in_a_new_order_every_epoch_by_the_seed_alone(lessons, tmp_path, monkeypatch, number):
+    """Whatever else draws random numbers. All variants of a lesson see the same order."""
+    orders = []
+
+    def note_order(model, loader, loss_fn, optimizer, *_):
+        torch.seed()  # other random numbers
+        orders.append(torch.cat([images.flatten(1).sum(dim=1) for images, _ in loader]).tolist())
+        optimizer.step()  # which the schedulers expect
+        return 1.0, 50.0
+
+    monkeypatch.setattr(lessons[number], "train_one_epoch", note_order)
+    for i, seed in enumerate([1, 1, 2]):
+        flags = ["--epochs", 2, "--seed", seed, "--subset", 64]
+        flags += ["--schedulers", "Constant", "ReduceLROnPlateau"] if number == "04" else []
+        run_lesson(lessons[number], tmp_path / str(i), *flags)
+    first, again, other = (orders[i * len(orders) // 3 :][: len(orders) // 3] for i in range(3))
+    assert first[0] != first[1] and sorted(first[0]) == sorted(first[1])
+    assert first == first[:2] * (len(first) // 2) == again and first[:2] != other[:2]
+
+
+@pytest.mark.parametrize("number", ["01", "02", "05", "06"])  # a resumed run holds the same of 03 and 04
+def test_two_runs_with_one_seed_print_the_same_metrics(watched, lessons, tmp_path, number):
+    """Initial weights, dropout and transforms included, whatever was drawn before."""
+    outputs = [watched(number).output]
+    torch.seed()
+    outputs.append(run_lesson(lessons[number], tmp_path, *WATCHED))
+    lines = [[line.rsplit("|", 1)[0] for line in out.splitlines() if "Epoch" in line] for out in outputs]
+    assert lines[0] == lines[1] and lines[0]
+
+
+# Losses that are not finite
+
+
+@pytest.mark.parametrize(
+    ("number", "bad"),
+    [(number, "nan in training") for number in NEW]
+    + [(number, "infinity in validation") for number in NEW[1:]],
+)
+def test_a_loss_that_is_not_finite_ends_the_lesson_and_is_not_saved(
+    lessons, tmp_path, monkeypatch, number, bad
+):
+    """One sentence and status 1. The checkpoints and curves of the epoch before stay, and 06 keeps no model."""
+    lesson = lessons[number]
+    train_loss, val_loss = (math.nan, 1.0) if bad == "nan in training" else (1.0, math.inf)
+    use_results(monkeypatch, lesson, [(1.0, 50.0), (train_loss, 99.0)], [(1.0, 50.0), (val_loss, 99.0)])
+    with pytest.raises(
+        SystemExit, match=r"^The loss is no longer a finite number\. .* smaller .* \(--lr\)\.$"
     ):
-        assert f"Epoch  {i}/3 | train loss {loss}, acc {accuracy} % | 0 s" in output
-    [(ax, path)] = drawn
-    assert ax.lines[0].get_xydata().tolist() == [[1, 2.25], [2, 1.75], [3, 1.5]]
-    assert "digits" in ax.get_title() and "loss" in ax.get_ylabel() and ax.get_xlabel() == "epoch"
-    assert path == tmp_path / "artifacts" / "01_basic_training.png" and str(path) in output
+        run_lesson(lesson, tmp_path, "--epochs", 3, "--subset", 32)
+    assert not (tmp_path / "artifacts" / "01_basic_training.png").exists()
+    if number in ["03", "04", "05"]:
+        checkpoints = checkpoints_of(lesson, tmp_path)
+        assert len(checkpoints) == 2
+        for name in checkpoints:
+            assert len(load(folder_of(lesson, tmp_path) / name)["history"]) == 1
+    else:
+        assert not list(tmp_path.rglob("*.pth"))
+    for events in tmp_path.rglob("events*"):
+        curves = read_scalars(events.parent)
+        assert {step for points in curves.values() for step, _ in points} == {1}
 
 
-def test_01_shows_the_loss_of_the_batch(lessons, images, capsys):
-    """The first is near ln 10 = 2.303; after that every hundredth, and the last one."""
-    model, losses = make(lessons["01"]), []
-
-    def loss_fn(logits, labels):
-        losses.append(nn.functional.cross_entropy(logits, labels))
-        return losses[-1]
-
-    loader = DataLoader(
-        TensorDataset(images[:][0].repeat(11, 1, 1, 1)[:210], images[:][1].repeat(11)[:210]), 2
-    )
-    lessons["01"].train_one_epoch(model, loader, loss_fn, torch.optim.SGD(model.parameters(), 0.001), CPU, 1)
-    printed = re.findall(r"batch +(\d+)/105  loss ([\d.]+)", capsys.readouterr().out)
-    assert [int(batch) for batch, _ in printed] == [1, 101, 105]
-    for batch, loss in printed:
-        assert float(loss) == pytest.approx(losses[int(batch) - 1].item(), abs=0.0001)
+def test_a_learning_rate_out_of_all_reason_makes_the_loss_not_finite(lessons, tmp_path):
+    """This is how a learner meets the sentence."""
+    for number in ["01", "05"]:
+        with pytest.raises(SystemExit, match="^The loss is no longer a finite number"):
+            run_lesson(lessons[number], tmp_path / number, "--lr", 1e9, "--epochs", 3, "--batch-size", 16)

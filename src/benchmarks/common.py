@@ -1,11 +1,9 @@
 """What the benchmarks share: a lesson as a module, the curves of a run, timing, the name of the machine."""
 
-import argparse
 import importlib.util
 import json
 import os
 import platform
-import sys
 import time
 from pathlib import Path
 
@@ -36,6 +34,11 @@ def read_scalars(run_dir):
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
+def read_json(path, default=None):
+    """Return what a JSON file holds, or the default if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+
+
 def write_json(path, content):
     """Write a dict or list into a file in one step, so that a crash cannot leave half of it."""
     temporary = path.with_suffix(".tmp")
@@ -43,35 +46,15 @@ def write_json(path, content):
     os.replace(temporary, path)
 
 
-def run_script(main, *errors):
-    """Run main() of a benchmark. Ctrl-C ends it with status 130, an OSError or one of these with its sentence."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (OSError, *errors) as error:
-        sys.exit(str(error))
-
-
-def whole_number(text):
-    """Let argparse read a whole number from 1 to 50,000, the number of training images in CIFAR-10."""
-    if not 1 <= int(text) <= 50_000:
-        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 50,000")
-    return int(text)
-
-
 def measure(tasks, rounds):
-    """Time all tasks in turn. tasks: {name: function}. Returns seconds as {name: array (rounds,)}."""
+    """Time all tasks in turn. tasks: {name: function}. Return seconds as {name: array (rounds,)}."""
     seconds = {name: [] for name in tasks}
-    with tqdm(total=(rounds + 1) * len(tasks), desc="warming up", disable=None) as progress:
-        for number in range(rounds + 1):
-            for name, task in tasks.items():
-                start = time.perf_counter()
-                task()
-                if number > 0:  # round 0 starts workers and fills caches
-                    seconds[name].append(time.perf_counter() - start)
-                progress.update()
-            progress.set_description(f"round {number} of {rounds}")
+    for number in tqdm(range(rounds + 1), unit="round", disable=None):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            if number > 0:  # round 0 starts workers and fills caches
+                seconds[name].append(time.perf_counter() - start)
     return {name: np.array(values) for name, values in seconds.items()}
 
 
@@ -80,22 +63,8 @@ def spread(values):
     return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
 
 
-def in_words(figures, digits):
-    """Return a dict from spread() as text."""
-    return f"{figures['median']:,.{digits}f} ({figures['min']:,.{digits}f} to {figures['max']:,.{digits}f})"
-
-
-def median_and_each(values):
-    """Return the median and every value as text. None, shown as "-", stands for more than any number."""
-    values = [float("inf") if value is None else value for value in values]
-    median, *each = [
-        "-" if value == float("inf") else f"{value:.1f}" for value in [np.median(values), *values]
-    ]
-    return f"{median} ({', '.join(each)})"
-
-
 def describe_machine():
-    """Return what the figures depend on, in words and plain numbers: processor, cores, versions."""
+    """Return what the measurements depend on, in words and plain numbers: processor, cores, versions."""
     processor = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():  # Linux knows the name of the processor, but Python does not ask there

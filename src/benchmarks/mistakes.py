@@ -2,7 +2,8 @@
 
     python src/benchmarks/mistakes.py --json docs/mistakes.json    # about five minutes on 2 CPU cores
 
-Each mistake is made in a copy of the lesson, which is run with the flags of its page.
+Each mistake is made in a copy of the lesson, which is run with the flags of its page. With --lessons, what the
+file holds of the other lessons stays.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import LESSONS, ROOT, describe_machine, machine_in_words, run_script, write_json
+from common import LESSONS, ROOT, describe_machine, read_json, write_json
 from tqdm import tqdm
 
 SEED = 42
@@ -22,7 +23,8 @@ FLAGS = {
     "05": "--subset 5000 --epochs 5",
 }
 NONE = ("", "")
-# What each mistake changes in the lesson's source, from and to; a mistake of the rate needs a flag only.
+COMPOSED = "    transform = compose(transforms, args.data) if transforms else None  # NEW in 05\n"
+# What each mistake changes in the lesson's source, from and to; a wrong learning rate needs a flag only.
 MISTAKES = {
     "01": {
         "none": NONE,
@@ -39,18 +41,20 @@ MISTAKES = {
         "none": NONE,
         "validation augmented": (
             "    for images, labels in loader:\n",
-            '    for images, labels in loader:\n        images = make_augmentation("cifar10", 16)(images)\n',
+            "    for images, labels in loader:\n"
+            '        images = augment(images, compose(AUGMENTATION, "cifar10"), 16)\n',
         ),
         "transformed once": (
-            "    model = SimpleCNN(len(class_names), dropout)",
-            "    if augment:\n"
-            "        train_loader.dataset.tensors = (augment(train_set.tensors[0]), train_set.tensors[1])\n"
-            "        augment = None\n"
-            "    model = SimpleCNN(len(class_names), dropout)",
+            COMPOSED,
+            COMPOSED + "    if transform:\n"
+            "        images = augment(train_set.tensors[0], transform, args.group_size)\n"
+            "        train_set = TensorDataset(images, train_set.tensors[1])\n"
+            "        train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle)\n"
+            "        transform = None\n",
         ),
     },
 }
-HEADER = r"(?P<arm>\w+): 0 of \d+ epochs are done"
+VARIANT = r"(?P<variant>\w+):$"
 EPOCH = r"Epoch .*train loss (?P<train_loss>[\d.]+), acc +(?P<train_accuracy>[\d.]+) %"
 VALIDATION = r"(?:.*val loss [\d.]+, acc +(?P<val_accuracy>[\d.]+) %)?"
 
@@ -65,20 +69,20 @@ def with_mistake(source, old, new):
 
 
 def curves(output):
-    """Return what a lesson printed as {arm: {curve: [a value for every epoch]}}; without arms, the arm is ""."""
-    found, arm = {}, ""
-    for line in re.finditer(f"^(?:{HEADER}|{EPOCH}{VALIDATION})", output, flags=re.MULTILINE):
-        if line["arm"]:
-            arm = line["arm"]
+    """Return what a lesson printed, {variant: {curve: [a value per epoch]}}; without variants, the key is ""."""
+    found, variant = {}, ""
+    for line in re.finditer(f"^(?:{VARIANT}|{EPOCH}{VALIDATION})", output, flags=re.MULTILINE):
+        if line["variant"]:
+            variant = line["variant"]
             continue
         for curve in ["train_loss", "train_accuracy", "val_accuracy"]:
             if line[curve]:
-                found.setdefault(arm, {}).setdefault(curve, []).append(float(line[curve]))
+                found.setdefault(variant, {}).setdefault(curve, []).append(float(line[curve]))
     return found
 
 
 def run(number, mistake, args):
-    """Run a lesson with a mistake, in a process of its own. Returns its curves()."""
+    """Run a lesson with a mistake, in a process of its own. Return its curves()."""
     lesson = next(LESSONS.glob(f"{number}_*.py"))
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / lesson.name
@@ -102,29 +106,28 @@ def build_parser():
     add("--data", default="cifar10", help="as in the lessons")
     add("--data-dir", type=Path, default=ROOT / "data", help="as in the lessons")
     add("--data-name", default="CIFAR-10", help="what the file calls the data")
-    add("--json", type=Path, metavar="PATH", help="write the figures to this file")
+    add("--json", type=Path, metavar="PATH", help="write the measurements to this file")
     add("--launcher", type=Path, help="a Python script that runs the lesson and the flags given to it")
     return parser
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    machine = describe_machine()
-    report = {"machine": machine, "data": args.data_name, "seed": SEED}
+    report = read_json(args.json, {}) if args.json else {}
+    report |= {"machine": describe_machine(), "data": args.data_name, "seed": SEED}
+    report |= {number: {"flags": FLAGS[number]} for number in args.lessons}
     todo = [(number, mistake) for number in args.lessons for mistake in MISTAKES[number]]
     for number, mistake in tqdm(todo, unit="run", disable=None):
-        arms = run(number, mistake, args)
-        report.setdefault(number, {"flags": FLAGS[number]})[mistake] = arms
-    print(machine_in_words(machine))
+        report[number][mistake] = run(number, mistake, args)
     for number in args.lessons:
         print(f"Lesson {number}, {FLAGS[number]}, the last epoch in percent:")
         for mistake in MISTAKES[number]:
-            for arm, found in report[number][mistake].items():
+            for variant, found in report[number][mistake].items():
                 last = ", ".join(f"{curve.split('_')[0]} {found[curve][-1]:.2f}" for curve in list(found)[1:])
-                print(f"  {mistake:24} {arm:30} {last}")
+                print(f"  {mistake:24} {variant:30} {last}")
     if args.json:
         write_json(args.json, report)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

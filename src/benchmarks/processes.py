@@ -3,8 +3,8 @@
     python src/benchmarks/processes.py --json docs/processes.json    # about five minutes on 2 CPU cores
 
 On as many cores as there are processes: one process with a thread on every core, then as many processes with
-one thread each, then one process with one thread, round by round. The rate is that of the second epoch, since
-in the first one everything is new.
+one thread each, then one process with one thread, round by round. The rate is that of the second epoch, because
+the first one includes what happens only once.
 """
 
 import argparse
@@ -16,24 +16,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import LESSONS, ROOT, describe_machine, in_words, machine_in_words, run_script, spread, write_json
+from common import LESSONS, ROOT, describe_machine, spread, write_json
+from tables import processes_table
 from tqdm import tqdm
-
-LESSON = next(LESSONS.glob("12_*.py"))
 
 
 def train(processes, threads, args):
-    """Train for two epochs in that many processes. Returns the second epoch's images per second."""
+    """Train for two epochs in that many processes. Return the second epoch's images per second."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else [])]
     command += [str(args.launcher)] if args.launcher else []
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--epochs", "2", "--subset", str(args.subset), "--data", args.data, "--device", "cpu"]
-        flags += ["--output-dir", folder, "--data-dir", str(args.data_dir)]
+        command += [str(next(LESSONS.glob("12_*.py"))), "--epochs", "2", "--subset", str(args.subset)]
+        command += ["--device", "cpu", "--data", args.data, "--data-dir", str(args.data_dir)]
+        command += ["--output-dir", folder]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        process = subprocess.run(
-            [*command, str(LESSON), *flags], env=environment, capture_output=True, text=True
-        )
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
         if process.returncode != 0:
             sys.exit(f"Lesson 12 in {processes} processes failed: {process.stderr}")
         [path] = Path(folder).rglob("latest_checkpoint.pth")
@@ -44,14 +42,14 @@ def build_parser():
     """Return the parser of this command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--processes", type=int, default=2, help="processes, and threads of the one that stands against them")
+    add("--processes", type=int, default=2, help="processes, and threads of the one they are compared with")
     add("--rounds", type=int, default=5, help="how often each way is measured")
     add("--subset", type=int, default=10_000, help="as in lesson 12")
     add("--data", default="cifar10", help="as in lesson 12")
     add("--data-dir", type=Path, default=ROOT / "data", help="as in lesson 12")
     add("--data-name", default="CIFAR-10", help="what the tables call the data")
     add("--launcher", type=Path, help="a Python script that runs the lesson and the flags given to it")
-    add("--json", type=Path, metavar="PATH", help="write the figures to this file")
+    add("--json", type=Path, metavar="PATH", help="write the measurements to this file")
     return parser
 
 
@@ -59,24 +57,19 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     ways = [(1, args.processes), (args.processes, 1), (1, 1)]
     rates = {f"{processes} x {threads}": [] for processes, threads in ways}
-    with tqdm(total=args.rounds * len(ways), unit="training", disable=None) as progress:
-        for _ in range(args.rounds):
-            for (processes, threads), row in zip(ways, rates.values(), strict=True):
-                row.append(train(processes, threads, args))
-                progress.update()
+    for _ in tqdm(range(args.rounds), unit="round", disable=None):
+        for (processes, threads), row in zip(ways, rates.values(), strict=True):
+            row.append(train(processes, threads, args))
 
     rates = {way: np.array(row) for way, row in rates.items()}
     first = rates[f"1 x {args.processes}"]
     report = {"machine": describe_machine(), "data": args.data_name}
     report["images_per_second"] = {way: spread(row) for way, row in rates.items()}
     report["ratio"] = {way: spread(row / first) for way, row in rates.items()}
-    print(machine_in_words(report["machine"]))
-    for way, rate in report["images_per_second"].items():
-        ratio = in_words(report["ratio"][way], 2)
-        print(f"  processes x threads: {way} | {in_words(rate, 0)} images/s | ratio {ratio}")
+    print(processes_table(report))
     if args.json:
         write_json(args.json, report)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

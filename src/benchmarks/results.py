@@ -1,18 +1,17 @@
-"""Run the lessons at their defaults over several seeds, and keep what they reach in docs/results.json.
+"""Run the lessons at their defaults with several seeds, and keep what they reach in docs/results.json.
 
     python src/benchmarks/results.py               # everything that is not in docs/results.json yet: hours
     python src/benchmarks/results.py --lessons 02  # this lesson only
 
 Every finished run is added to the file at once, so the command can be stopped at any time and started again:
-what is in the file is not run again, and a lesson that saves checkpoints goes on after its last epoch. To
-repeat a run, delete its entry. Nothing else should run on the machine meanwhile, because times are measured
-too; if something must, say --untimed.
+what is in the file is not run again, and a lesson that saves checkpoints resumes after its last epoch. To repeat
+a run, delete its entry. Nothing else should run on the machine meanwhile, because times are measured too; if
+something must, add --untimed.
 
-src/benchmarks/tables.py writes the figures into the guides.
+src/benchmarks/tables.py writes the results into the guides.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -21,53 +20,57 @@ import sys
 import time
 from pathlib import Path
 
-from common import LESSONS, ROOT, describe_machine, read_scalars, run_script, write_json
+from common import LESSONS, ROOT, describe_machine, read_json, read_scalars, write_json
 from tqdm import tqdm
 
 RESULTS = ROOT / "docs" / "results.json"
 # How many seeds of each lesson; lesson 03 trains exactly as lesson 02
 SEEDS = {f"{number:02}": 3 for number in range(1, 13)} | {"01": 1, "03": 1}
-WITH_ARMS = ["04", "05", "07", "09", "10", "11"]
+# The name of a run in TensorBoard: 20261128-024000, or cifar10_run_1
+RUN = re.compile(r"\d{8}-\d{6}|[a-z0-9]+_run_\d+")
 
 
 def collect(number, folder):
-    """Read the figures of a finished run from its output folder. Accuracies in percent, gaps in points.
+    """Read the metrics of a finished run from its output folder. Accuracies in percent, gaps in points.
 
-    Returns {arm: figures}; a lesson that trains one network has the single arm "".
+    Return {variant: metrics}; a lesson that trains one network has the single variant "". A variant is named by
+    the folders of its curves, tensor_board/<lesson>/<variant>/<run>.
     """
     output = (folder / "output.txt").read_text(encoding="utf-8")
-    if number == "01":  # prints its figures, and writes no others
+    if number == "01":  # prints its metrics, and writes no others
         return {"": {"train_accuracy": float(re.findall(r"train loss .*acc +([\d.]+) %", output)[-1])}}
-    arms = {}
-    for run_dir in sorted({path.parent for path in (folder / "tensor_board").rglob("events.out.tfevents.*")}):
+    variants = {}
+    tensor_board = folder / "tensor_board"
+    for run_dir in sorted({path.parent for path in tensor_board.rglob("events.out.tfevents.*")}):
         curves = read_scalars(run_dir)
-        if "Accuracy/val" not in curves:  # no training: a lesson's pictures, or 06's evaluation
+        if "Accuracy/val" not in curves:  # pictures only, no training
             continue
-        # As in the lessons, the first is the best of equal ones.
         points = curves["Accuracy/val"]
-        if number == "09":  # where trainings are lost: what the last epoch has left of them
+        if number == "09":  # where some runs lose what they have learned: what the last epoch has left of it
             points = points[-1:]
-        best_epoch, val_accuracy = max(points, key=lambda point: point[1])
-        arms[run_dir.name if number in WITH_ARMS else ""] = {
+        best_epoch, val_accuracy = max(points, key=lambda point: point[1])  # the first of equal ones
+        parts = run_dir.relative_to(tensor_board).parts[1:]
+        variants["/".join(part for part in parts if not RUN.fullmatch(part))] = {
             "val_accuracy": val_accuracy,
             "best_epoch": best_epoch,
             "epochs": len(curves["Accuracy/val"]),
             "gap": curves["Overfitting/accuracy_gap"][-1][1],
         }
-    if number == "05":  # of the best model, and on images as they are: see measure_gaps() in the lesson
-        for arm, gap in re.findall(r"  (\w+): training .*\n +gap (-?[\d.]+) points", output):
-            arms[arm]["gap"] = float(gap)
+    if number == "05":  # of the best model, without augmentation: see measure_gaps() in the lesson
+        gaps = r"^  (\w+) +training .*, gap +(-?[\d.]+) points$"
+        for variant, gap in re.findall(gaps, output, flags=re.MULTILINE):
+            variants[variant]["gap"] = float(gap)
     if number == "06":
-        del arms[""]["gap"]  # its training images are augmented, so harder than the validation images
-        report = json.loads((folder / "artifacts" / "evaluation_report.json").read_text(encoding="utf-8"))
-        arms[""]["test_accuracy"] = 100 * report["accuracy"]
-        arms[""]["top_3_accuracy"] = 100 * report["top_k"]["3"]
-        arms[""]["mean_confidence"] = 100 * report["mean_confidence"]
-        arms[""]["calibration_error"] = 100 * report["expected_calibration_error"]
-    if number == "08":  # what each rule would have made of the training
+        del variants[""]["gap"]  # its training images are augmented, so harder than the validation images
+        report = read_json(folder / "artifacts" / "evaluation_report.json")
+        variants[""]["test_accuracy"] = 100 * report["accuracy"]
+        variants[""]["top_3_accuracy"] = 100 * report["top_k"]["3"]
+        variants[""]["mean_confidence"] = 100 * report["mean_confidence"]
+        variants[""]["calibration_error"] = 100 * report["expected_calibration_error"]
+    if number == "08":  # what each rule would have made of the run
         at_most = int(re.findall(r"of at most (\d+) epochs \(", output)[-1])
         rule = r"^  (\w+/val) +(\d+) +(?:epoch +(\d+)|not in +\d+) +epoch +(\d+) .* ([\d.]+) points$"
-        arms[""]["rules"] = {
+        variants[""]["rules"] = {
             f"{curve} {patience}": {
                 "stops_after": int(stop) if stop else None,
                 "brings_back": int(epoch),
@@ -76,26 +79,25 @@ def collect(number, folder):
             }
             for curve, patience, stop, epoch, lost in re.findall(rule, output, flags=re.MULTILINE)
         }
-    if number == "10":  # an arm's accuracies, by the number of labelled images of a class, are in its report
-        report = json.loads((folder / "artifacts" / "transfer_learning.json").read_text(encoding="utf-8"))
-        for arm, rows in report["accuracies"].items():
+    if number == "10":  # the accuracies of a variant, by the number of labelled images per class
+        report = read_json(folder / "artifacts" / "transfer_learning.json")
+        for variant, rows in report["accuracies"].items():
             for count, draws in rows.items():
                 mean = sum(draws) / len(draws)
-                arms[f"{arm}_{count}"] = {"val_accuracy": mean, "draws": draws}
+                variants[f"{variant}_{count}"] = {"val_accuracy": mean, "draws": draws}
     if number == "11":
-        for arm, accuracy in re.findall(r"^  (\w+) +[\d.]+ % +([\d.]+) %$", output, flags=re.MULTILINE):
-            arms[arm]["test_accuracy"] = float(accuracy)
-    return arms
+        for split, accuracy in re.findall(r"^  (\w+) +[\d.]+ % +([\d.]+) %$", output, flags=re.MULTILINE):
+            variants[split]["test_accuracy"] = float(accuracy)
+    return variants
 
 
 def can_resume(lesson, folder):
     """Return whether a run of the lesson, "01_basic_training" and so on, left a checkpoint in its folder."""
-    checkpoints = folder / "artifacts" / "checkpoints" / lesson
-    return any(checkpoints.rglob("latest_checkpoint.pth"))  # <run>/ in lesson 03, <run>/<arm>/ in 04 and 05
+    return any((folder / "artifacts" / "checkpoints" / lesson).rglob("latest_checkpoint.pth"))
 
 
 def run(number, seed, args):
-    """Run a lesson in a process of its own. Returns its entry for docs/results.json."""
+    """Run a lesson in a process of its own. Return its entry for docs/results.json."""
     lesson = next(LESSONS.glob(f"{number}_*.py"))
     folder = args.work_dir / f"{lesson.stem}_seed_{seed}"
     flags = ["--seed", str(seed), "--output-dir", str(folder), "--data", "cifar10"]
@@ -111,14 +113,13 @@ def run(number, seed, args):
     start = time.perf_counter()
     with open(folder / "output.txt", "a", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        peak_memory = None
         if hasattr(os, "wait4"):  # Linux and macOS also say how much memory the process took
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             # On Linux this is no less than what this process took when it started the other, about 0.7 GB.
             peak_memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        else:
-            process.wait()
-            peak_memory = None
+        process.wait()
     seconds = time.perf_counter() - start
     if process.returncode != 0:
         sys.exit(f"{lesson.name} failed: see {folder / 'output.txt'}.")
@@ -132,17 +133,6 @@ def run(number, seed, args):
         "machine": describe_machine(),
         "arms": collect(number, folder),
     }
-
-
-def load_results():
-    """Return the list of entries in docs/results.json, empty if there is no such file."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-
-
-def save_results(results):
-    """Write docs/results.json, sorted by lesson and seed."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    write_json(RESULTS, sorted(results, key=lambda entry: (entry["lesson"], entry["seed"])))
 
 
 def build_parser():
@@ -162,15 +152,18 @@ def build_parser():
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    results = load_results()
+    results = read_json(RESULTS, [])
     done = {(entry["lesson"], entry["seed"]) for entry in results}
     # The first seed of every lesson comes before the second of any: soon there is something to look at.
     rounds = range(max(SEEDS.values()))
     wanted = [(number, args.first_seed + i) for i in rounds for number in args.lessons if i < SEEDS[number]]
     for number, seed in tqdm([pair for pair in wanted if pair not in done], unit="run"):
         results.append(run(number, seed, args))
-        save_results(results)
+        write_json(RESULTS, sorted(results, key=lambda entry: (entry["lesson"], entry["seed"])))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The same command continues.")

@@ -1,34 +1,32 @@
-"""Write the measured figures into the guides: every table between its markers, in both languages.
+"""Write the measurements into the guides: every table between its markers, in both languages.
 
     python src/benchmarks/tables.py
 
-The figures come from docs/NAME.json, written by src/benchmarks/NAME.py: results, throughput, group_size,
-processes, time_to_accuracy (and once more with --epochs 6), recipes. A table stands between <!-- table: NAME -->
-and <!-- end of table -->; of the table of lessons only the last two columns are written here.
+The numbers come from docs/NAME.json, written by src/benchmarks/NAME.py: results, throughput, processes,
+time_to_accuracy (and once more with --epochs 6), recipes. A table stands between <!-- table: NAME --> and
+<!-- end of table -->; of the table of lessons only the last two columns are written here.
 """
 
-import json
 import os
 import re
 import statistics
 
-from common import LESSONS, ROOT, machine_in_words, median_and_each
+import numpy as np
+from common import LESSONS, ROOT, machine_in_words, read_json
 
-FIGURES = ["results", "throughput", "group_size", "processes"]
-FIGURES += ["time_to_accuracy", "time_to_accuracy_6_epochs", "recipes"]
 GUIDES = sorted([*ROOT.glob("*.md"), *LESSONS.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 CHINESE = {
+    # What separates the parts of a name, which are looked up one by one
+    ", ": "，",
+    ": ": "：",
+    " / ": " / ",
+    # Headers
     "schedule": "调度器",
+    "variant": "方案",
     "validation accuracy": "验证准确率",
     "gap": "差距",
     "behind the first": "落后第一名",
-    " (a tie)": "（视为并列）",
-    "{} % on training images": "{}%（训练图片）",
-    "{} % on validation images": "{}%（验证图片）",
-    "{} % on test images": "{}%（测试图片）",
-    "min": "分钟",
-    "s": "秒",
     "lesson": "课程",
     "seeds": "种子",
     "time": "时间",
@@ -52,75 +50,78 @@ CHINESE = {
     "no clipping": "不裁剪",
     "norm clipped": "裁剪范数",
     "values clipped": "裁剪数值",
-    "none": "无异常",
-    "rate x 4": "学习率 x 4",
-    "images x 255": "图片 x 255",
-    "images of nan": "图片为 nan",
-    "BatchNorm, none": "有 BatchNorm，无异常",
-    "BatchNorm, rate x 6": "有 BatchNorm，学习率 x 6",
-    "BatchNorm, images x 255": "有 BatchNorm，图片 x 255",
-    "random images": "随机图片",
-    "JPEG copy of CIFAR-10": "CIFAR-10 的 JPEG 副本",
-    ", ": "，",
-    "this course, augmented": "本课程，带增强",
-    "ceiling: ready-made batches": "上限：现成的批次",
-    "usual way": "常见做法",
-    "usual way, 2 workers": "常见做法，2 个工作进程",
-    "usual way, pooling last": "常见做法，池化在最后",
-    "usual way, augmented": "常见做法，带增强",
-    "usual way, augmented, 2 workers": "常见做法，带增强，2 个工作进程",
-    "speed: this course / ceiling": "速度：本课程 / 上限",
-    "speed: this course / usual way": "速度：本课程 / 常见做法",
-    "speed: this course / usual way, 2 workers": "速度：本课程 / 常见做法，2 个工作进程",
-    "speed: this course / usual way, pooling last": "速度：本课程 / 常见做法，池化在最后",
-    "speed, augmented: this course / usual way": "速度，带增强：本课程 / 常见做法",
-    "speed, augmented: this course / usual way, 2 workers": "速度，带增强：本课程 / 常见做法，2 个工作进程",
-    "time, this course: augmented / plain": "时间，本课程：带增强 / 不带",
-    "time, usual way: augmented / plain": "时间，常见做法：带增强 / 不带",
-    "time for an image: of {} / of {}": "每张图片的时间：共 {} 张 / 共 {} 张",
     "way": "做法",
-    "this course": "本课程",
-    "{} %": "{}%",
     "minutes to {} %": "达到 {}% 的分钟数",
     "epochs": "epoch 数",
     "accuracy after them": "那时的准确率",
-    "time for an epoch, ratio": "每个 epoch 的时间之比",
-    "Keras": "Keras",
+    "time for an epoch (ratio)": "每个 epoch 的时间之比",
     "difference": "差别",
-    "lesson 05": "第 05 课",
-    "no warm-up": "不预热",
-    "warm-up and linear decay": "预热，然后线性下降",
-    "half the rate, no warm-up": "学习率减半，不预热",
-    "padding 4": "填充 4",
-    "alternating flips": "交替翻转",
-    "batches of 64, half the rate": "批次大小 64，学习率减半",
-    "batches of 256, twice the rate": "批次大小 256，学习率加倍",
-    "30 epochs, half the rate, no warm-up, padding 4, rotation always": (
-        "30 个 epoch，学习率减半，不预热，填充 4，每次都旋转"
-    ),
-    "rotation always": "每次都旋转",
-    "arm": "实验组",
-    "{} images of a class": "每类 {} 张",
-    "with augmentation": "带增强",
-    "images x 255, norm clipped": "图片 x 255，裁剪范数",
-    "new linear layers, 50 images of a class": "只换线性层，每类 50 张",
-    "split by group": "按组划分",
+    "optimizer and schedule": "优化器和调度器",
+    "learning rate": "学习率",
+    "{} images per class": "每类 {} 张",
     "split": "划分方式",
     "processes": "进程数",
     "threads in each": "每个进程的线程数",
     "ratio to the first row": "与第一行之比",
     "validation": "验证集",
     "test (new scenes)": "测试集（新场景）",
+    # Cells
+    "{} % on training images": "{}%（训练图片）",
+    "{} % on validation images": "{}%（验证图片）",
+    "{} % on test images": "{}%（测试图片）",
+    "{} %": "{}%",
+    "min": "分钟",
+    "s": "秒",
+    "not distinguishable": "无法区分",
+    "none": "无异常",
+    "rate x 4": "学习率 x 4",
+    "rate x 6": "学习率 x 6",
+    "images x 255": "图片 x 255",
+    "images of nan": "图片为 nan",
+    "BatchNorm": "有 BatchNorm",
+    "this course": "本课程",
+    "ceiling": "上限",
+    "ready-made batches": "现成的批次",
+    "usual way": "常见做法",
+    "2 workers": "2 个工作进程",
+    "pooling last": "池化在最后",
+    "augmented": "带增强",
+    "plain": "不带",
+    "speed": "速度",
+    "Keras": "Keras",
+    "SGD": "SGD",
+    "AdamW": "AdamW",
+    "cosine": "余弦",
+    "one cycle": "OneCycleLR",
+    "lesson 05": "第 05 课",
+    "no warm-up": "不预热",
+    "warm-up and linear decay": "预热，然后线性下降",
+    "half the learning rate": "学习率减半",
+    "twice the learning rate": "学习率加倍",
+    "padding 4": "填充 4",
+    "rotation always": "每次都旋转",
+    "alternating flips": "交替翻转",
+    "batches of 64": "批量大小 64",
+    "batches of 256": "批量大小 256",
+    "30 epochs": "30 个 epoch",
+    "with augmentation": "带增强",
+    "new linear layers": "只换线性层",
+    "50 images per class": "每类 50 张",
+    "split by group": "按组划分",
+    "random images": "随机图片",
+    "JPEG copy of CIFAR-10": "CIFAR-10 的 JPEG 副本",
+    "CIFAR-10": "CIFAR-10",
+    # Sentences
     "Measured on {machines}; data: {data}.": "测量环境：{machines}；数据：{data}。",
-    " Of several seeds: the mean ± the standard deviation.": "有多个种子时：平均值 ± 标准差。",
+    " Of several seeds, mean ± standard deviation is shown.": "有多个种子时，给出平均值 ± 标准差。",
 }
 
-# The arms that stand for lessons that are not about the best of their networks
+# The variants that stand for lessons that are not about the best of their networks
 HEADLINES = {"09": "images_x_255_clipping_norm", "10": "new_linear_layers_50", "11": "by_group"}
 NAMES = {
     "with_augmentation": "with augmentation",
     "images_x_255_clipping_norm": "images x 255, norm clipped",
-    "new_linear_layers_50": "new linear layers, 50 images of a class",
+    "new_linear_layers_50": "new linear layers, 50 images per class",
     "by_group": "split by group",
 }
 DANGERS = ["none", "rate x 4", "images x 255", "images of nan"]
@@ -128,8 +129,17 @@ DANGERS += ["BatchNorm, none", "BatchNorm, rate x 6", "BatchNorm, images x 255"]
 
 
 def words(language):
-    """Return a function that says a word in that language, "en" or "zh"."""
-    return lambda word: CHINESE[word] if language == "zh" else word
+    """Return a function that says a name in that language, "en" or "zh"."""
+
+    def say(name):
+        if language == "en":
+            return name
+        return CHINESE.get(name) or "".join(CHINESE[part] for part in re.split("(, |: | / )", name))
+
+    return say
+
+
+ENGLISH = words("en")
 
 
 def mean_and_spread(values, digits=2):
@@ -143,6 +153,15 @@ def median_and_range(figures, digits=0):
     return f"{figures['median']:,.{digits}f} ({figures['min']:,.{digits}f} - {figures['max']:,.{digits}f})"
 
 
+def median_and_each(values):
+    """Return the median and every value as text. None, shown as "-", stands for more than any number."""
+    values = [float("inf") if value is None else value for value in values]
+    median, *each = [
+        "-" if value == float("inf") else f"{value:.1f}" for value in [np.median(values), *values]
+    ]
+    return f"{median} ({', '.join(each)})"
+
+
 def table(header, rows):
     """Return a Markdown table; header and rows hold texts."""
     lines = ["| " + " | ".join(cells) + " |" for cells in [header, *rows]]
@@ -154,22 +173,28 @@ def pick(results, number):
     return sorted((entry for entry in results if entry["lesson"] == number), key=lambda entry: entry["seed"])
 
 
+def by_variant(entries, metric):
+    """Return the metric of every variant, {variant: [a value for every seed]}, of one lesson's entries."""
+    return {name: [entry["arms"][name][metric] for entry in entries] for name in entries[0]["arms"]}
+
+
 def headline(entries, say):
-    """Return the accuracy that stands for a lesson, as text: its best arm's, or that of HEADLINES."""
-    split = {"01": "train", "06": "test", "11": "test"}.get(entries[0]["lesson"], "val")
-    key = f"{split}_accuracy"
-    by_arm = {arm: [entry["arms"][arm][key] for entry in entries] for arm in entries[0]["arms"]}
-    best = HEADLINES.get(entries[0]["lesson"]) or max(by_arm, key=lambda arm: statistics.mean(by_arm[arm]))
-    split_name = {"train": "training", "val": "validation", "test": "test"}[split]
-    text = say(f"{{}} % on {split_name} images").format(mean_and_spread(by_arm[best], 1))
-    if not best:  # a lesson with a single arm
+    """Return the accuracy that stands for a lesson, as text: of its best variant, or of that in HEADLINES."""
+    number = entries[0]["lesson"]
+    split, split_name = {"01": ("train", "training"), "06": ("test", "test"), "11": ("test", "test")}.get(
+        number, ("val", "validation")
+    )
+    accuracy = by_variant(entries, f"{split}_accuracy")
+    best = HEADLINES.get(number) or max(accuracy, key=lambda name: statistics.mean(accuracy[name]))
+    text = say(f"{{}} % on {split_name} images").format(mean_and_spread(accuracy[best], 1))
+    if not best:  # a lesson with a single variant
         return text
     return text + say(", ") + (say(NAMES[best]) if best in NAMES else best)
 
 
-def duration(entries, say):
-    """Return the median time of a lesson's runs as text, "-" if none was timed from start to end."""
-    seconds = [entry["seconds"] for entry in entries if entry["seconds"]]
+def duration(seconds, say):
+    """Return the median of times in seconds as text, "-" if none was measured. None stands for not measured."""
+    seconds = [value for value in seconds if value]
     if not seconds:
         return "-"
     median = statistics.median(seconds)
@@ -181,7 +206,10 @@ def fill_lessons(text, results, say):
 
     def fill(row):
         entries = pick(results, row["number"])
-        return f"{row['rest']}| {duration(entries, say)} | {headline(entries, say)} |" if entries else row[0]
+        if not entries:
+            return row[0]
+        time = duration([entry["seconds"] for entry in entries], say)
+        return f"{row['rest']}| {time} | {headline(entries, say)} |"
 
     row = r"^(?P<rest>\| `?\[?`?(?P<number>\d\d)[_ ].*?)\|[^|\n]*\|[^|\n]*\|$"
     return re.sub(row, fill, text, flags=re.MULTILINE)
@@ -189,20 +217,18 @@ def fill_lessons(text, results, say):
 
 def runs_table(results, say):
     """Return the table of these lessons: accuracy, gap, time, memory, seeds."""
-    if not results:
-        return "..."  # not measured yet
     rows = []
     for number in sorted({entry["lesson"] for entry in results}):
         entries = pick(results, number)
-        arms = list(entries[0]["arms"])
-        gaps = [entry["arms"][arms[0]].get("gap") for entry in entries]
+        variants = list(entries[0]["arms"])
+        gaps = [entry["arms"][variants[0]].get("gap") for entry in entries]
         memory = [entry["peak_memory_bytes"] for entry in entries if entry["peak_memory_bytes"]]
         rows.append(
             [
                 number,
                 headline(entries, say),
-                mean_and_spread(gaps, 1) if len(arms) == 1 and None not in gaps else "-",
-                duration(entries, say),
+                mean_and_spread(gaps, 1) if len(variants) == 1 and None not in gaps else "-",
+                duration([entry["seconds"] for entry in entries], say),
                 f"{max(memory) / 1e9:.2f} GB" if memory else "-",
                 ", ".join(str(entry["seed"]) for entry in entries),
             ]
@@ -210,41 +236,38 @@ def runs_table(results, say):
     return table([say(word) for word in ["lesson", "accuracy", "gap", "time", "peak memory", "seeds"]], rows)
 
 
-def arms_table(results, number, say):
-    """Return the table of a lesson's arms, the best first. A difference inside its own spread is a tie.
+def variants_table(entries, say):
+    """Return the table of a lesson's variants, the best first.
 
-    Arms of one seed share their first weights and their batches, so the differences are taken seed by seed.
+    Variants of one seed share their initial weights and their batches, so the differences are taken seed by seed.
+    One of at most two standard errors of its mean can be chance.
     """
-    entries = pick(results, number)
-    if not entries:
-        return "..."  # not measured yet
-    accuracy = {arm: [entry["arms"][arm]["val_accuracy"] for entry in entries] for arm in entries[0]["arms"]}
-    ranking = sorted(accuracy, key=lambda arm: -statistics.mean(accuracy[arm]))
-    rows = []
-    for arm in ranking:
-        behind = [first - own for first, own in zip(accuracy[ranking[0]], accuracy[arm], strict=True)]
-        note = mean_and_spread(behind) if arm != ranking[0] else ""
-        if note and len(behind) > 1 and statistics.mean(behind) <= statistics.stdev(behind):
-            note += say(" (a tie)")
-        gaps = [entry["arms"][arm]["gap"] for entry in entries]
-        rows.append([f"`{arm}`", mean_and_spread(accuracy[arm]), mean_and_spread(gaps, 1), note])
-    first = {"04": "schedule"}.get(number, "arm")
-    return table([say(word) for word in [first, "validation accuracy", "gap", "behind the first"]], rows)
+    accuracy, gaps = by_variant(entries, "val_accuracy"), by_variant(entries, "gap")
+    first, *others = ranking = sorted(accuracy, key=lambda name: -statistics.mean(accuracy[name]))
+    notes = {first: ""}
+    for name in others:
+        behind = [best - own for best, own in zip(accuracy[first], accuracy[name], strict=True)]
+        notes[name] = mean_and_spread(behind)
+        if len(behind) > 1 and statistics.mean(behind) <= 2 * statistics.stdev(behind) / len(behind) ** 0.5:
+            notes[name] += say(", ") + say("not distinguishable")
+    rows = [
+        [f"`{name}`", mean_and_spread(accuracy[name]), mean_and_spread(gaps[name], 1), notes[name]]
+        for name in ranking
+    ]
+    header = "schedule" if entries[0]["lesson"] == "04" else "variant"
+    return table([say(word) for word in [header, "validation accuracy", "gap", "behind the first"]], rows)
 
 
-def rules_table(results, say):
-    """Return the table of lesson 08: what every rule makes of the training of each seed."""
-    entries = pick(results, "08")
-    if not entries:
-        return "..."  # not measured yet
+def rules_table(entries, say):
+    """Return the table of lesson 08: what every rule makes of the run of each seed."""
     rows = []
     for rule in entries[0]["arms"][""]["rules"]:
-        curve, patience = rule.split()
         found = [entry["arms"][""]["rules"][rule] for entry in entries]
         stops = ", ".join(str(figures["stops_after"] or "-") for figures in found)
         epochs = ", ".join(str(figures["brings_back"]) for figures in found)
         saved = ", ".join(str(figures["saved_epochs"]) for figures in found)
         lost = ", ".join(f"{figures['lost_points']:.2f}" for figures in found)
+        curve, patience = rule.split()
         rows.append([f"`{curve}`", patience, stops, epochs, saved, lost])
     header = ["watches", "patience", "stops after epoch", "brings back", "saved", "lost"]
     return table([say(word) for word in header], rows)
@@ -255,49 +278,36 @@ def clipping_run(danger, clipping):
     return f"{danger} clipping {clipping}".replace(" ", "_").replace(",", "")
 
 
-def clipping_table(results, say):
+def clipping_table(entries, say):
     """Return the table of lesson 09: validation accuracy in percent by danger and clipping, over the seeds."""
-    entries = pick(results, "09")
-    if not entries:
-        return "..."  # not measured yet
+    accuracy = by_variant(entries, "val_accuracy")
     rows = []
     for danger in DANGERS:
-        arms = [clipping_run(danger, clipping) for clipping in ["none", "norm", "value"]]
-        cells = [[entry["arms"][arm]["val_accuracy"] for entry in entries] for arm in arms]
-        rows.append([say(danger), *(mean_and_spread(cell, 1) for cell in cells)])
+        runs = [clipping_run(danger, clipping) for clipping in ["none", "norm", "value"]]
+        rows.append([say(danger), *(mean_and_spread(accuracy[run], 1) for run in runs)])
     return table([say(word) for word in ["danger", "no clipping", "norm clipped", "values clipped"]], rows)
 
 
-def transfer_table(results, say):
-    """Return the table of lesson 10: validation accuracy in percent by arm and number of images, over all draws."""
-    entries = pick(results, "10")
-    if not entries:
-        return "..."  # not measured yet
+def transfer_table(entries, say):
+    """Return the table of lesson 10: validation accuracy in percent by variant and images, over all draws."""
     cells = {}
-    for run in list(entries[0]["arms"])[1:]:  # the first is the training on the old classes
-        arm, count = run.rsplit("_", 1)
-        draws = [accuracy for entry in entries for accuracy in entry["arms"][run]["draws"]]
-        cells.setdefault(arm, {})[count] = mean_and_spread(draws, 1)
-    rows = [[f"`{arm}`", *row.values()] for arm, row in cells.items()]
-    counts = [say("{} images of a class").format(count) for count in next(iter(cells.values()))]
-    return table([say("arm"), *counts], rows)
+    for name in list(entries[0]["arms"])[1:]:  # the first is the training on the old classes
+        variant, count = name.rsplit("_", 1)
+        draws = [accuracy for entry in entries for accuracy in entry["arms"][name]["draws"]]
+        cells.setdefault(variant, {})[count] = mean_and_spread(draws, 1)
+    rows = [[f"`{variant}`", *row.values()] for variant, row in cells.items()]
+    counts = [say("{} images per class").format(count) for count in next(iter(cells.values()))]
+    return table([say("variant"), *counts], rows)
 
 
-def splits_table(results, say):
+def splits_table(entries, say):
     """Return the table of lesson 11: what validation promises and new scenes get, in percent, over the seeds."""
-    entries = pick(results, "11")
-    if not entries:
-        return "..."  # not measured yet
-    rows = []
-    for split in entries[0]["arms"]:
-        columns = [
-            [entry["arms"][split][key] for entry in entries] for key in ["val_accuracy", "test_accuracy"]
-        ]
-        rows.append([f"`{split}`", *(mean_and_spread(column, 1) for column in columns)])
+    val, test = by_variant(entries, "val_accuracy"), by_variant(entries, "test_accuracy")
+    rows = [[f"`{split}`", mean_and_spread(val[split], 1), mean_and_spread(test[split], 1)] for split in val]
     return table([say(word) for word in ["split", "validation", "test (new scenes)"]], rows)
 
 
-def processes_table(report, say):
+def processes_table(report, say=ENGLISH):
     """Return the table of images per second by number of processes, and of the ratio to one process."""
     rows = []
     for way, figures in report["images_per_second"].items():
@@ -307,7 +317,7 @@ def processes_table(report, say):
     return table([say(word) for word in words], rows)
 
 
-def throughput_table(report, say):
+def throughput_table(report, say=ENGLISH):
     """Return the table of images per second, and of what share of the arithmetic limit that is."""
     rows = []
     for name, figures in report["images_per_second"].items():
@@ -316,31 +326,17 @@ def throughput_table(report, say):
     return table(["", say("images per second"), say("share of the arithmetic limit")], rows)
 
 
-def ratios_table(report, say):
+def ratios_table(report, say=ENGLISH):
     """Return the table of what throughput.py compares."""
-    ratios = {say(name.replace("lesson", "this course")): value for name, value in report["ratios"].items()}
-    first, *others = report["time_per_image_by_size"]
-    for size in others:
-        name = say("time for an image: of {} / of {}").format(f"{int(size):,}", f"{int(first):,}")
-        ratios[name] = report["time_per_image_by_size"][size]
-    rows = [[name, median_and_range(figures, 2)] for name, figures in ratios.items()]
+    rows = [
+        [say(name.replace("lesson", "this course")), median_and_range(figures, 2)]
+        for name, figures in report["ratios"].items()
+    ]
     return table([say("ratio"), say("median (least to greatest)")], rows)
 
 
-def group_size_table(report, say):
-    """Return the table of accuracy by group size."""
-    rows = []
-    for size, values in report["accuracy"].items():
-        error = statistics.stdev(values) / len(values) ** 0.5
-        every_seed = ", ".join(f"{value:.2f}" for value in values)
-        rows.append([size, say("{} %").format(f"{statistics.mean(values):.2f}"), f"{error:.2f}", every_seed])
-    return table([say(word) for word in ["images in a group", "mean", "standard error", "every seed"]], rows)
-
-
-def time_table(report, say):
+def time_table(report, say=ENGLISH):
     """Return the table of minutes to an accuracy, by way of training: the median and every seed."""
-    if not report:
-        return "..."  # not measured yet
     rows = []
     for name, figures in report["ways"].items():
         epochs = ", ".join(str(count) for count in figures["epochs"])
@@ -348,82 +344,123 @@ def time_table(report, say):
         minutes, ratio = median_and_each(figures["minutes"]), median_and_range(figures["time_per_epoch"], 2)
         rows.append([say(name.replace("lesson", "this course")), minutes, epochs, accuracy, ratio])
     to_goal = say("minutes to {} %").format(f"{report['goal']:g}")
-    last = [say(word) for word in ["epochs", "accuracy after them", "time for an epoch, ratio"]]
+    last = [say(word) for word in ["epochs", "accuracy after them", "time for an epoch (ratio)"]]
     return table([say("way"), to_goal, *last], rows)
 
 
-def recipes_table(report, say):
-    """Return the table of lesson 05's augmented arm trained in several ways, compared seed by seed."""
-    if not report:
-        return "..."  # not measured yet
-    rows, first = [], next(iter(report["accuracy"].values()))
-    for name, by_seed in report["accuracy"].items():
-        values = list(by_seed.values())
-        difference = mean_and_spread([by_seed[seed] - first[seed] for seed in by_seed])
-        rows.append([say(name), mean_and_spread(values), difference if by_seed != first else ""])
+def by_recipe(runs, metric):
+    """Return {(recipe, learning rate): {seed: metric}} of runs as in docs/recipes.json."""
+    found = {}
+    for run in runs:
+        found.setdefault((run["recipe"], run["lr"]), {})[run["seed"]] = run[metric]
+    return found
+
+
+def recipes_table(runs, say):
+    """Return the table of lesson 05's recipe with one thing changed, compared with the first seed by seed."""
+    rows, first = [], None
+    for (name, _), accuracy in by_recipe(runs, "best_accuracy").items():
+        difference = mean_and_spread([accuracy[seed] - first[seed] for seed in accuracy]) if first else ""
+        rows.append([say(name), mean_and_spread(list(accuracy.values())), difference])
+        first = first or accuracy
     return table([say(word) for word in ["way", "validation accuracy", "difference"]], rows)
 
 
-def measured_on(machines, data, say):
+def optimizers_table(runs, say=ENGLISH):
+    """Return the table of lesson 04's five epochs with other optimizers and schedules, by learning rate."""
+    seconds, rows = by_recipe(runs, "seconds"), []
+    for (name, lr), accuracy in by_recipe(runs, "best_accuracy").items():
+        seeds = ", ".join(str(seed) for seed in accuracy)
+        time = duration(seconds[name, lr].values(), say)
+        rows.append([say(name), f"{lr:g}", mean_and_spread(list(accuracy.values())), seeds, time])
+    header = ["optimizer and schedule", "learning rate", "validation accuracy", "seeds", "time"]
+    return table([say(word) for word in header], rows)
+
+
+def group_size_table(runs, say):
+    """Return the table of accuracy after the last epoch by group size."""
+    rows = []
+    for (name, _), accuracy in by_recipe(runs, "last_accuracy").items():
+        values = list(accuracy.values())
+        error = statistics.stdev(values) / len(values) ** 0.5
+        mean, each = f"{statistics.mean(values):.2f}", ", ".join(f"{value:.2f}" for value in values)
+        rows.append([name.removeprefix("groups of "), say("{} %").format(mean), f"{error:.2f}", each])
+    return table([say(word) for word in ["images in a group", "mean", "standard error", "every seed"]], rows)
+
+
+def measured_on(entries, say):
     """Return one sentence that names the machines and the data behind a table."""
-    names = " / ".join(dict.fromkeys(machine_in_words(machine) for machine in machines))
-    data = say(", ").join(say(name) for name in dict.fromkeys(data))
-    return say("Measured on {machines}; data: {data}.").format(machines=names, data=data)
+    machines = " / ".join(dict.fromkeys(machine_in_words(entry["machine"]) for entry in entries))
+    data = say(", ").join(dict.fromkeys(say(entry["data"]) for entry in entries))
+    return say("Measured on {machines}; data: {data}.").format(machines=machines, data=data)
 
 
-def report_on(report, say):
-    """Return the sentence that names the machine and the data of one benchmark's report."""
-    return measured_on([report["machine"]], [report["data"]], say) if report else "..."  # not measured yet
-
-
-def runs_on(results, say):
+def runs_on(entries, say):
     """Return the sentences that name the machines, the data and the statistic of runs."""
-    if not results:
-        return "..."
-    sentence = measured_on([entry["machine"] for entry in results], [entry["data"] for entry in results], say)
-    return sentence + say(" Of several seeds: the mean ± the standard deviation.")
+    return measured_on(entries, say) + say(" Of several seeds, mean ± standard deviation is shown.")
+
+
+def run_table(entries, say):
+    """Return the table of one lesson on its own page, and on what it was measured."""
+    return runs_table(entries, say) + "\n\n" + runs_on(entries, say)
+
+
+def build_tables():
+    """Return what belongs between the markers, {name: (function, the measurements that it is given)}."""
+    names = ["results", "throughput", "processes", "time_to_accuracy", "time_to_accuracy_6_epochs", "recipes"]
+    results, throughput, processes, times, times_6_epochs, recipes = (
+        read_json(ROOT / "docs" / f"{name}.json", []) for name in names
+    )
+    groups = [run for run in recipes if run["recipe"].startswith("groups of")]
+    optimizers = [run for run in recipes if run["recipe"].startswith(("SGD", "AdamW"))]
+    recipes = [run for run in recipes if run not in groups + optimizers]
+    tables = {
+        "runs": (runs_table, results),
+        "runs machine": (runs_on, results),
+        "schedulers": (variants_table, pick(results, "04")),
+        "optimizers": (optimizers_table, optimizers),
+        "optimizers machine": (measured_on, optimizers),
+        "augmentation": (variants_table, pick(results, "05")),
+        "precisions": (variants_table, pick(results, "07")),
+        "rules": (rules_table, pick(results, "08")),
+        "clipping": (clipping_table, pick(results, "09")),
+        "transfer": (transfer_table, pick(results, "10")),
+        "splits": (splits_table, pick(results, "11")),
+        "processes": (processes_table, processes),
+        "processes machine": (measured_on, [processes]),
+        "throughput": (throughput_table, throughput),
+        "ratios": (ratios_table, throughput),
+        "throughput machine": (measured_on, [throughput]),
+        "group size": (group_size_table, groups),
+        "recipes": (recipes_table, recipes),
+        "recipes machine": (measured_on, recipes),
+        "time": (time_table, times),
+        "time, 6 epochs": (time_table, times_6_epochs),
+        "time machine": (measured_on, [times]),
+    }
+    for path in LESSONS.glob("[01]*.py"):  # on the page of a lesson
+        number = path.name[:2]
+        tables[f"run {number}"] = (run_table, pick(results, number))
+        tables[f"machine {number}"] = (runs_on, pick(results, number))
+    return results, tables
 
 
 def fill(text, language):
     """Return the text of a guide with all its tables written anew."""
     say = words(language)
-    paths = [ROOT / "docs" / f"{name}.json" for name in FIGURES]
-    results, throughput, group_size, processes, times, times_6_epochs, recipes = (
-        json.loads(path.read_text(encoding="utf-8")) if path.exists() else None for path in paths
-    )
-    tables = {
-        "lessons": lambda old: fill_lessons(old, results, say),
-        "runs": lambda old: runs_table(results, say),
-        "runs machine": lambda old: runs_on(results, say),
-        "schedulers": lambda old: arms_table(results, "04", say),
-        "augmentation": lambda old: arms_table(results, "05", say),
-        "precisions": lambda old: arms_table(results, "07", say),
-        "rules": lambda old: rules_table(results, say),
-        "clipping": lambda old: clipping_table(results, say),
-        "transfer": lambda old: transfer_table(results, say),
-        "splits": lambda old: splits_table(results, say),
-        "processes": lambda old: processes_table(processes, say),
-        "processes machine": lambda old: report_on(processes, say),
-        "throughput": lambda old: throughput_table(throughput, say),
-        "ratios": lambda old: ratios_table(throughput, say),
-        "throughput machine": lambda old: report_on(throughput, say),
-        "group size": lambda old: group_size_table(group_size, say),
-        "recipes": lambda old: recipes_table(recipes, say),
-        "recipes machine": lambda old: report_on(recipes, say),
-        "time": lambda old: time_table(times, say),
-        "time, 6 epochs": lambda old: time_table(times_6_epochs, say),
-        "time machine": lambda old: report_on(times, say),
-    }
-    for number in sorted({path.name[:2] for path in LESSONS.glob("[01]*.py")}):  # on the page of a lesson
-        own = pick(results, number)
-        tables[f"run {number}"] = lambda old, own=own: runs_table(own, say) + "\n\n" + runs_on(own, say)
-        tables[f"machine {number}"] = lambda old, own=own: runs_on(own, say)
-    return re.sub(
-        r"(<!-- table: (.*?) -->\n)(.*?)(<!-- end of table -->)",
-        lambda match: match[1] + tables[match[2]](match[3].rstrip("\n")) + "\n" + match[4],
-        text,
-        flags=re.DOTALL,
-    )
+    results, tables = build_tables()
+
+    def write(match):
+        begin, name, old, end = match.groups()
+        if name == "lessons":
+            return begin + fill_lessons(old, results, say) + end
+        function, measurements = tables[name]
+        return (
+            f"{begin}{function(measurements, say) if measurements else '...'}\n{end}"  # ...: not measured yet
+        )
+
+    markers = r"(<!-- table: (.*?) -->\n)(.*?)(<!-- end of table -->)"
+    return re.sub(markers, write, text, flags=re.DOTALL)
 
 
 def main():

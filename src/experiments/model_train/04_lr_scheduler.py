@@ -203,7 +203,7 @@ def train(args, name, train_set, val_set, class_names, folder):
             history.append(row)
             log_epoch(writer, epoch, args.epochs, row)
             # NEW in 04: one step after every epoch, so after the optimizer's steps. ReduceLROnPlateau needs a
-            # metric: the validation loss, because the training loss keeps falling even while a model overfits.
+            # metric: the validation loss, because the training loss keeps falling while a model overfits.
             if name == "ReduceLROnPlateau":
                 scheduler.step(val_loss)
             else:

@@ -433,6 +433,7 @@ def main(argv=None):
     explain_argmax()
     artifacts = args.output_dir / "artifacts"
     path = args.checkpoint or artifacts / "checkpoints" / "best_model_eval.pth"
+    (artifacts / "checkpoints").mkdir(parents=True, exist_ok=True)
     run_dir = args.output_dir / "tensor_board" / LESSON / args.run
     run_dir.mkdir(parents=True)
     with SummaryWriter(run_dir) as writer:
@@ -442,9 +443,8 @@ def main(argv=None):
             train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
             print(f"Device: {args.device} | {args.data}: {len(train_set):,} + {len(val_set):,} images")
             best = train(args, train_set, val_set, class_names, writer)
-            path.parent.mkdir(parents=True, exist_ok=True)
             save_checkpoint(best, path)
-        else:
+        elif not args.checkpoint:
             print(f"No training, because {path} exists. To train a new model, add --overwrite.")
 
         # NEW in 06: the test images choose nothing, because the model is final when it meets them
