@@ -23,7 +23,6 @@ import textwrap
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = Path("src/experiments/model_train")
 NUMBERS = [path.name[:2] for path in sorted((ROOT / LESSONS).glob("[01]*.py"))]
@@ -158,6 +157,7 @@ def main():
     mutants = find_mutants(args.lessons)
     drawn = random.Random(args.seed).sample(mutants, min(args.mutants, len(mutants)))
     print(f"{len(drawn)} of {len(mutants)} mutants, seed {args.seed}", flush=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
     for library in LIBRARIES:
         importlib.import_module(library)  # a forked process has it at once
     with ProcessPoolExecutor(args.jobs, mp_context=CONTEXT) as pool:

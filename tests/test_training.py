@@ -30,8 +30,6 @@ from torch.utils.data import DataLoader, TensorDataset
 pytestmark = pytest.mark.usefixtures("no_pictures")
 TEXTS = ["01", "02", "05"]  # of train_one_epoch()
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]  # of CIFAR-10's training pixels
-
-
 WATCHED = ["--epochs", 2, "--subset", 40, "--batch-size", 24, "--lr", 0.03, "--seed", 3]
 
 
@@ -288,13 +286,14 @@ def test_weights_are_channels_last_on_the_cpu_only(watched, lessons, tmp_path, m
 
 
 @pytest.mark.parametrize("number", NEW)
-def test_batches_come_in_a_new_order_every_epoch_by_the_seed_alone(lessons, tmp_path, monkeypatch, number):
-    """Whatever else draws random numbers. All variants of a lesson see the same order."""
-    orders = []
+def test_initial_weights_and_a_new_order_in_every_epoch_depend_on_the_seed_alone(lessons, tmp_path, monkeypatch, number):
+    """Whatever else draws random numbers. All variants begin with the same weights and see the same order."""
+    orders, weights = [], []
 
     def note_order(model, loader, loss_fn, optimizer, *_):
         torch.seed()  # other random numbers
-        orders.append(torch.cat([images.flatten(1).sum(dim=1) for images, _ in loader]).tolist())
+        orders.append([index for batch in loader.batch_sampler for index in batch])
+        weights.append(model.fc2.weight.sum().item())
         optimizer.step()  # which the schedulers expect
         return 1.0, 50.0
 
@@ -303,9 +302,11 @@ def test_batches_come_in_a_new_order_every_epoch_by_the_seed_alone(lessons, tmp_
         flags = ["--epochs", 2, "--seed", seed, "--subset", 64]
         flags += ["--schedulers", "Constant", "ReduceLROnPlateau"] if number == "04" else []
         run_lesson(lessons[number], tmp_path / str(i), *flags)
-    first, again, other = (orders[i * len(orders) // 3 :][: len(orders) // 3] for i in range(3))
-    assert first[0] != first[1] and sorted(first[0]) == sorted(first[1])
-    assert first == first[:2] * (len(first) // 2) == again and first[:2] != other[:2]
+    count = len(orders) // 3
+    first, again, other = orders[:count], orders[count : 2 * count], orders[2 * count :]
+    assert first[0] != first[1] and sorted(first[0]) == sorted(first[1]) == list(range(64))
+    assert first == again == first[:2] * (count // 2) and first[:2] != other[:2]
+    assert len(set(weights[: 2 * count])) == 1 and weights[0] != weights[-1]
 
 
 @pytest.mark.parametrize("number", ["01", "02", "05", "06"])  # a resumed run holds the same of 03 and 04

@@ -23,7 +23,6 @@ FLAGS = {
     "05": "--subset 5000 --epochs 5",
 }
 NONE = ("", "")
-COMPOSED = "    transform = compose(transforms, args.data) if transforms else None  # NEW in 05\n"
 # What each mistake changes in the lesson's source, from and to; a wrong learning rate needs a flag only.
 MISTAKES = {
     "01": {
@@ -45,12 +44,13 @@ MISTAKES = {
             '        images = augment(images, compose(AUGMENTATION, "cifar10"), 16)\n',
         ),
         "transformed once": (
-            COMPOSED,
-            COMPOSED + "    if transform:\n"
+            "    model = SimpleCNN(len(class_names), dropout)",
+            "    if transform:\n"
             "        images = augment(train_set.tensors[0], transform, args.group_size)\n"
             "        train_set = TensorDataset(images, train_set.tensors[1])\n"
             "        train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle)\n"
-            "        transform = None\n",
+            "        transform = None\n"
+            "    model = SimpleCNN(len(class_names), dropout)",
         ),
     },
 }

@@ -10,112 +10,15 @@ time_to_accuracy (and once more with --epochs 6), recipes. A table stands betwee
 import os
 import re
 import statistics
+from pathlib import Path
 
 import numpy as np
 from common import LESSONS, ROOT, machine_in_words, read_json
 
 GUIDES = sorted([*ROOT.glob("*.md"), *LESSONS.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
-CHINESE = {
-    # What separates the parts of a name, which are looked up one by one
-    ", ": "，",
-    ": ": "：",
-    " / ": " / ",
-    # Headers
-    "schedule": "调度器",
-    "variant": "方案",
-    "validation accuracy": "验证准确率",
-    "gap": "差距",
-    "behind the first": "落后第一名",
-    "lesson": "课程",
-    "seeds": "种子",
-    "time": "时间",
-    "peak memory": "内存峰值",
-    "accuracy": "准确率",
-    "images per second": "每秒图片数",
-    "share of the arithmetic limit": "占算力上限的比例",
-    "ratio": "比值",
-    "median (least to greatest)": "中位数（最小到最大）",
-    "images in a group": "每组图片数",
-    "mean": "平均",
-    "standard error": "标准误",
-    "every seed": "各个种子",
-    "watches": "看的指标",
-    "patience": "耐心值",
-    "stops after epoch": "停在第几个 epoch",
-    "brings back": "回到第几个 epoch",
-    "saved": "节省",
-    "lost": "降低",
-    "danger": "异常情况",
-    "no clipping": "不裁剪",
-    "norm clipped": "裁剪范数",
-    "values clipped": "裁剪数值",
-    "way": "做法",
-    "minutes to {} %": "达到 {}% 的分钟数",
-    "epochs": "epoch 数",
-    "accuracy after them": "那时的准确率",
-    "time for an epoch (ratio)": "每个 epoch 的时间之比",
-    "difference": "差别",
-    "optimizer and schedule": "优化器和调度器",
-    "learning rate": "学习率",
-    "{} images per class": "每类 {} 张",
-    "split": "划分方式",
-    "processes": "进程数",
-    "threads in each": "每个进程的线程数",
-    "ratio to the first row": "与第一行之比",
-    "validation": "验证集",
-    "test (new scenes)": "测试集（新场景）",
-    # Cells
-    "{} % on training images": "{}%（训练图片）",
-    "{} % on validation images": "{}%（验证图片）",
-    "{} % on test images": "{}%（测试图片）",
-    "{} %": "{}%",
-    "min": "分钟",
-    "s": "秒",
-    "not distinguishable": "无法区分",
-    "none": "无异常",
-    "rate x 4": "学习率 x 4",
-    "rate x 6": "学习率 x 6",
-    "images x 255": "图片 x 255",
-    "images of nan": "图片为 nan",
-    "BatchNorm": "有 BatchNorm",
-    "this course": "本课程",
-    "ceiling": "上限",
-    "ready-made batches": "现成的批次",
-    "usual way": "常见做法",
-    "2 workers": "2 个工作进程",
-    "pooling last": "池化在最后",
-    "augmented": "带增强",
-    "plain": "不带",
-    "speed": "速度",
-    "Keras": "Keras",
-    "SGD": "SGD",
-    "AdamW": "AdamW",
-    "cosine": "余弦",
-    "one cycle": "OneCycleLR",
-    "lesson 05": "第 05 课",
-    "no warm-up": "不预热",
-    "warm-up and linear decay": "预热，然后线性下降",
-    "half the learning rate": "学习率减半",
-    "twice the learning rate": "学习率加倍",
-    "padding 4": "填充 4",
-    "rotation always": "每次都旋转",
-    "alternating flips": "交替翻转",
-    "batches of 64": "批量大小 64",
-    "batches of 256": "批量大小 256",
-    "30 epochs": "30 个 epoch",
-    "with augmentation": "带增强",
-    "new linear layers": "只换线性层",
-    "50 images per class": "每类 50 张",
-    "split by group": "按组划分",
-    "random images": "随机图片",
-    "JPEG copy of CIFAR-10": "CIFAR-10 的 JPEG 副本",
-    "CIFAR-10": "CIFAR-10",
-    # Sentences
-    "Measured on {machines}; data: {data}.": "测量环境：{machines}；数据：{data}。",
-    " Of several seeds, mean ± standard deviation is shown.": "有多个种子时，给出平均值 ± 标准差。",
-}
-
+# {name: what the Chinese tables call it}. A longer name is put together from its parts: see words().
+CHINESE = read_json(Path(__file__).with_name("chinese.json"))
 # The variants that stand for lessons that are not about the best of their networks
 HEADLINES = {"09": "images_x_255_clipping_norm", "10": "new_linear_layers_50", "11": "by_group"}
 NAMES = {
@@ -363,7 +266,7 @@ def recipes_table(runs, say):
         difference = mean_and_spread([accuracy[seed] - first[seed] for seed in accuracy]) if first else ""
         rows.append([say(name), mean_and_spread(list(accuracy.values())), difference])
         first = first or accuracy
-    return table([say(word) for word in ["way", "validation accuracy", "difference"]], rows)
+    return table([say(word) for word in ["recipe", "validation accuracy", "difference"]], rows)
 
 
 def optimizers_table(runs, say=ENGLISH):
@@ -411,6 +314,9 @@ def build_tables():
     results, throughput, processes, times, times_6_epochs, recipes = (
         read_json(ROOT / "docs" / f"{name}.json", []) for name in names
     )
+    reports = [
+        [report] if report else [] for report in [processes, throughput, times]
+    ]  # each is of one machine
     groups = [run for run in recipes if run["recipe"].startswith("groups of")]
     optimizers = [run for run in recipes if run["recipe"].startswith(("SGD", "AdamW"))]
     recipes = [run for run in recipes if run not in groups + optimizers]
@@ -427,16 +333,16 @@ def build_tables():
         "transfer": (transfer_table, pick(results, "10")),
         "splits": (splits_table, pick(results, "11")),
         "processes": (processes_table, processes),
-        "processes machine": (measured_on, [processes]),
+        "processes machine": (measured_on, reports[0]),
         "throughput": (throughput_table, throughput),
         "ratios": (ratios_table, throughput),
-        "throughput machine": (measured_on, [throughput]),
+        "throughput machine": (measured_on, reports[1]),
         "group size": (group_size_table, groups),
         "recipes": (recipes_table, recipes),
         "recipes machine": (measured_on, recipes),
         "time": (time_table, times),
         "time, 6 epochs": (time_table, times_6_epochs),
-        "time machine": (measured_on, [times]),
+        "time machine": (measured_on, reports[2]),
     }
     for path in LESSONS.glob("[01]*.py"):  # on the page of a lesson
         number = path.name[:2]

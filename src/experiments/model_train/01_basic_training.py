@@ -30,6 +30,7 @@ from torchvision.datasets import CIFAR10
 plt.switch_backend("agg")  # save pictures to files instead of opening windows
 
 # Mean and standard deviation of the CIFAR-10 training pixels per channel (R, G, B), on a scale from 0 to 1.
+# The shape (3, 1, 1) makes NumPy-style broadcasting apply them to every pixel of an image (3, 32, 32).
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 
@@ -82,8 +83,8 @@ def train_one_epoch(model, loader, loss_fn, optimizer, device):
 
         total_loss += loss.detach() * len(labels)  # weighted, because the last batch may be smaller
         correct += (logits.argmax(dim=1) == labels).sum()  # argmax: the class with the highest score
-        if batch % 100 == 1 or batch == len(loader):  # random guessing gives a loss of ln 10 = 2.3
-            print(f"  batch {batch:3d}/{len(loader)}  loss {loss.item():.4f}")
+        if batch % 100 == 1 or batch == len(loader):  # the first batch, every 100 batches, and the last one
+            print(f"  batch {batch:3d}/{len(loader)}  loss {loss.item():.4f}")  # random guessing: ln 10 = 2.3
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
 
@@ -91,7 +92,7 @@ def plot_samples(images, labels, class_names):
     """Return a figure with the first of the images, uint8 (N, 3, 32, 32), of every class."""
     fig, axes = plt.subplots(2, 5, figsize=(8, 3.5), layout="constrained")
     for label, ax in enumerate(axes.flat):
-        first = (labels == label).nonzero()[0, 0]
+        first = (labels == label).nonzero()[0, 0]  # the index of the first image with this label
         ax.imshow(images[first].permute(1, 2, 0))  # imshow expects (height, width, channels)
         ax.set_title(class_names[label])
         ax.axis("off")
@@ -143,7 +144,7 @@ def main(argv=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The lesson ends here. Data and command line follow; they are the same in every lesson.
+# The lesson ends here. Loading the data and reading the command line are nearly the same in every lesson.
 
 # The project's folder, or the working directory if this file was copied out of the project
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "src/experiments").is_dir()), Path.cwd())

@@ -31,6 +31,7 @@ from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 # Mean and standard deviation of the CIFAR-10 training pixels per channel (R, G, B), on a scale from 0 to 1.
+# The shape (3, 1, 1) makes NumPy-style broadcasting apply them to every pixel of an image (3, 32, 32).
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 
@@ -96,9 +97,17 @@ def evaluate(model, loader, device):
     for images, labels in loader:
         images, labels = normalize(images.to(device)), labels.to(device)
         logits = model(images)
-        total_loss += F.cross_entropy(logits, labels) * len(labels)
+        total_loss += F.cross_entropy(logits, labels) * len(labels)  # the same loss as nn.CrossEntropyLoss()
         correct += (logits.argmax(dim=1) == labels).sum()
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
+
+
+# NEW in 02: hold back a fifth of the images for validation
+def split_train_val(images, labels, seed, subset):
+    """Return 80 % and 20 % of the images as data sets, drawn by the seed, cut to subset images each."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    train, val = order[: len(order) * 4 // 5][:subset], order[len(order) * 4 // 5 :][:subset]
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
 
 
 # NEW in 02: one line on the screen, and one point on every curve in TensorBoard
@@ -127,8 +136,9 @@ def train(args, train_set, val_set, class_names):
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
     history = []
     run_dir = args.output_dir / "tensor_board" / LESSON / args.run
-    run_dir.mkdir(parents=True)
+    run_dir.mkdir(parents=True)  # an error if another run has started in the same second
     with SummaryWriter(run_dir) as writer:
+        # Two spaces and a line break make a new line in Markdown.
         writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
         for epoch in range(1, args.epochs + 1):
             start = time.perf_counter()
@@ -172,7 +182,9 @@ def show_modes(model, images, device):
     """Print how much the logits of the same images, uint8 (N, 3, 32, 32), vary in train and in eval mode."""
     model = copy.deepcopy(model)  # a forward pass in train mode changes BatchNorm's running averages
     inputs = normalize(images.to(device))
-    print("The largest difference between two predictions for the same images, by the same weights:")
+    print(
+        "The logits of two passes (same images, same weights, dropout switched on for this) differ by up to"
+    )
     for mode in ["train", "eval"]:
         model.train(mode == "train")  # model.train(False) is the same as model.eval()
         model.dropout.p = 0.5  # this lesson trains without dropout; it is on only for this line
@@ -200,7 +212,7 @@ def main(argv=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The lesson ends here. Data and command line follow; they are the same in every lesson.
+# The lesson ends here. Loading the data and reading the command line are nearly the same in every lesson.
 
 LESSON = "02_with_validation"
 # The project's folder, or the working directory if this file was copied out of the project
@@ -235,13 +247,6 @@ def load_data(name, data_dir, train):
     images = images.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)  # (1797, 3, 32, 32)
     chosen = (torch.arange(len(images)) % 5 != 4) == train  # every fifth image is a test image
     return images[chosen], torch.tensor(digits.target).long()[chosen], list("0123456789"), "digits"
-
-
-def split_train_val(images, labels, seed, subset):
-    """Return 80 % and 20 % of the images as data sets, drawn by the seed, cut to subset images each."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    train, val = order[: len(order) * 4 // 5][:subset], order[len(order) * 4 // 5 :][:subset]
-    return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
 
 
 def parse_args(argv):

@@ -4,11 +4,12 @@ New since lesson 02: checkpoints. A training run that was stopped continues from
 as if it had never stopped (on a GPU, up to rounding), and the best model is loaded to classify pictures.
 
     python src/experiments/model_train/03_save_load_model.py
-    python src/experiments/model_train/03_save_load_model.py --resume --epochs 20  # continue to epoch 20
-    python src/experiments/model_train/03_save_load_model.py --predict cat.jpg     # classify a picture
+    python src/experiments/model_train/03_save_load_model.py --resume --epochs 20
+    python src/experiments/model_train/03_save_load_model.py --predict cat.jpg
     python src/experiments/model_train/03_save_load_model.py --epochs 2 --subset 5000 --output-dir quick
     tensorboard --logdir tensor_board/03_save_load_model
 
+The first command trains, the second continues to epoch 20, and the third classifies a picture of your own.
 Training takes 3 minutes on 2 CPU cores and reaches about 75 % validation accuracy (seed 42, JPEG copy of
 CIFAR-10).
 """
@@ -36,6 +37,7 @@ from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 # Mean and standard deviation of the CIFAR-10 training pixels per channel (R, G, B), on a scale from 0 to 1.
+# The shape (3, 1, 1) makes NumPy-style broadcasting apply them to every pixel of an image (3, 32, 32).
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 
@@ -99,9 +101,16 @@ def evaluate(model, loader, device):
     for images, labels in loader:
         images, labels = normalize(images.to(device)), labels.to(device)
         logits = model(images)
-        total_loss += F.cross_entropy(logits, labels) * len(labels)
+        total_loss += F.cross_entropy(logits, labels) * len(labels)  # the same loss as nn.CrossEntropyLoss()
         correct += (logits.argmax(dim=1) == labels).sum()
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
+
+
+def split_train_val(images, labels, seed, subset):
+    """Return 80 % and 20 % of the images as data sets, drawn by the seed, cut to subset images each."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    train, val = order[: len(order) * 4 // 5][:subset], order[len(order) * 4 // 5 :][:subset]
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
 
 
 def log_epoch(writer, epoch, epochs, row):
@@ -153,11 +162,13 @@ def train(args, train_set, val_set, class_names, folder):
         optimizer.load_state_dict(checkpoint["optimizer"])
         shuffle.set_state(checkpoint["shuffle"])
         history, best_accuracy = checkpoint["history"], checkpoint["best_accuracy"]
-        print(f"Resuming after epoch {len(history)}.")
+        print(f"Resuming after epoch {len(history)} of {args.epochs}.")
 
     run_dir = args.output_dir / "tensor_board" / LESSON / args.run
-    run_dir.mkdir(parents=True, exist_ok=args.resume)
-    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # hides points logged but not saved
+    run_dir.mkdir(parents=True, exist_ok=args.resume)  # a resumed run continues in its folder
+    # If the program is stopped after logging an epoch, but before saving it, this epoch is trained again.
+    # purge_step removes its old points.
+    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:
         writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.perf_counter()
@@ -214,7 +225,8 @@ def read_picture(path):
         picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except OSError as error:
         sys.exit(f"Cannot read {path}: {error}")
-    return torch.tensor(np.asarray(ImageOps.fit(picture, (32, 32)))).permute(2, 0, 1).unsqueeze(0)
+    pixels = torch.tensor(np.asarray(ImageOps.fit(picture, (32, 32))))  # (height, width, 3)
+    return pixels.permute(2, 0, 1).unsqueeze(0)
 
 
 # NEW in 03: from logits to probabilities
@@ -238,7 +250,7 @@ def main(argv=None):
         [answer] = predict(model, read_picture(args.predict), checkpoint["class_names"], args.device)
         print(f"{args.predict}: {answer} (a model trained on {checkpoint['hyperparameters']['data']})")
         return
-    if args.resume:
+    if args.resume:  # read the command line again, with the settings of the run as defaults
         args = parse_args(argv, load_checkpoint(folder / "latest_checkpoint.pth")["hyperparameters"])
 
     images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
@@ -253,17 +265,17 @@ def main(argv=None):
     images, labels, _, _ = load_data(args.data, args.data_dir, train=False)
     for label, answer in zip(labels, predict(model, images[:10], class_names, args.device), strict=False):
         print(f"  true: {class_names[label]:10}  predicted: {answer}")
-    best = len(checkpoint["history"])
+    best = len(checkpoint["history"])  # best_model.pth was saved after so many epochs
     print(f"Best validation accuracy: {checkpoint['best_accuracy']:.2f} % in epoch {best}")
     print(f"Checkpoints: {folder}")
     print(f'Curves: tensorboard --logdir "{args.output_dir / "tensor_board" / LESSON}"')
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The lesson ends here. Data and command line follow; they are the same in every lesson.
+# The lesson ends here. Loading the data and reading the command line are nearly the same in every lesson.
 
 LESSON = "03_save_load_model"
-# What a checkpoint keeps of the command line
+# NEW in 03: what a checkpoint keeps of the command line
 HYPERPARAMETERS = ["epochs", "batch_size", "lr", "seed", "subset", "data", "run"]
 # The project's folder, or the working directory if this file was copied out of the project
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "src/experiments").is_dir()), Path.cwd())
@@ -299,13 +311,7 @@ def load_data(name, data_dir, train):
     return images[chosen], torch.tensor(digits.target).long()[chosen], list("0123456789"), "digits"
 
 
-def split_train_val(images, labels, seed, subset):
-    """Return 80 % and 20 % of the images as data sets, drawn by the seed, cut to subset images each."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    train, val = order[: len(order) * 4 // 5][:subset], order[len(order) * 4 // 5 :][:subset]
-    return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
-
-
+# NEW in 03
 def create_folder(folder, overwrite):
     """Create the folder of a new run. Exit if an earlier run is there, unless it may be overwritten."""
     if overwrite:
@@ -333,6 +339,7 @@ def parse_args(argv, saved=None):
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where CIFAR-10 is stored")
     parser.add_argument("--output-dir", type=Path, default=ROOT, help="where artifacts/ and tensor_board/ go")
     parser.add_argument("--subset", type=int, default=50_000, help="use only this many images of each split")
+    # NEW in 03
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continue the run from its latest checkpoint")
     mode.add_argument("--overwrite", action="store_true", help="replace the checkpoints of an earlier run")

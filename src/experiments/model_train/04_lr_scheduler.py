@@ -4,7 +4,7 @@ New since lesson 03: a scheduler changes the learning rate during training. Five
 constant learning rate, fairly: all six start from the same weights and see the same batches.
 
     python src/experiments/model_train/04_lr_scheduler.py
-    python src/experiments/model_train/04_lr_scheduler.py --schedulers StepLR CosineAnnealingLR
+    python src/experiments/model_train/04_lr_scheduler.py --schedulers StepLR --output-dir quick
     python src/experiments/model_train/04_lr_scheduler.py --epochs 3 --subset 2000 --output-dir quick
     tensorboard --logdir tensor_board/04_lr_scheduler
 
@@ -38,6 +38,7 @@ from tqdm import tqdm
 plt.switch_backend("agg")  # save pictures to files instead of opening windows
 
 # Mean and standard deviation of the CIFAR-10 training pixels per channel (R, G, B), on a scale from 0 to 1.
+# The shape (3, 1, 1) makes NumPy-style broadcasting apply them to every pixel of an image (3, 32, 32).
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 
@@ -101,9 +102,16 @@ def evaluate(model, loader, device):
     for images, labels in loader:
         images, labels = normalize(images.to(device)), labels.to(device)
         logits = model(images)
-        total_loss += F.cross_entropy(logits, labels) * len(labels)
+        total_loss += F.cross_entropy(logits, labels) * len(labels)  # the same loss as nn.CrossEntropyLoss()
         correct += (logits.argmax(dim=1) == labels).sum()
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
+
+
+def split_train_val(images, labels, seed, subset):
+    """Return 80 % and 20 % of the images as data sets, drawn by the seed, cut to subset images each."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    train, val = order[: len(order) * 4 // 5][:subset], order[len(order) * 4 // 5 :][:subset]
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
 
 
 def log_epoch(writer, epoch, epochs, row):
@@ -178,11 +186,13 @@ def train(args, name, train_set, val_set, class_names, folder):
         scheduler.load_state_dict(checkpoint["scheduler"])  # NEW in 04
         shuffle.set_state(checkpoint["shuffle"])
         history, best_accuracy = checkpoint["history"], checkpoint["best_accuracy"]
-        print(f"Resuming after epoch {len(history)}.")
+        print(f"Resuming after epoch {len(history)} of {args.epochs}.")
 
     run_dir = args.output_dir / "tensor_board" / LESSON / name / args.run
-    run_dir.mkdir(parents=True, exist_ok=args.resume)
-    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # hides points logged but not saved
+    run_dir.mkdir(parents=True, exist_ok=args.resume)  # a resumed run continues in its folder
+    # If the program is stopped after logging an epoch, but before saving it, this epoch is trained again.
+    # purge_step removes its old points.
+    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:
         writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
         for epoch in range(len(history) + 1, args.epochs + 1):
             start = time.perf_counter()
@@ -314,10 +324,9 @@ def main(argv=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The lesson ends here. Data and command line follow; they are the same in every lesson.
+# The lesson ends here. Loading the data and reading the command line are nearly the same in every lesson.
 
 LESSON = "04_lr_scheduler"
-# What a checkpoint keeps of the command line
 HYPERPARAMETERS = ["epochs", "batch_size", "lr", "seed", "subset", "data", "schedulers", "run"]
 # The project's folder, or the working directory if this file was copied out of the project
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "src/experiments").is_dir()), Path.cwd())
@@ -351,13 +360,6 @@ def load_data(name, data_dir, train):
     images = images.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)  # (1797, 3, 32, 32)
     chosen = (torch.arange(len(images)) % 5 != 4) == train  # every fifth image is a test image
     return images[chosen], torch.tensor(digits.target).long()[chosen], list("0123456789"), "digits"
-
-
-def split_train_val(images, labels, seed, subset):
-    """Return 80 % and 20 % of the images as data sets, drawn by the seed, cut to subset images each."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    train, val = order[: len(order) * 4 // 5][:subset], order[len(order) * 4 // 5 :][:subset]
-    return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
 
 
 def create_folder(folder, overwrite):
