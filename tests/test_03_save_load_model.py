@@ -156,7 +156,7 @@ def test_a_resumed_run_can_have_more_epochs(lesson, tmp_path):
     before = checkpoints_of(lesson, tmp_path / "a")
     assert "Epoch" not in resume(lesson, tmp_path / "a") and checkpoints_of(lesson, tmp_path / "a") == before
     output = resume(lesson, tmp_path / "a", "--epochs", 3)
-    assert "Resuming after epoch 1.\nEpoch  2/3" in output
+    assert "Resuming after epoch 1 of 3.\nEpoch  2/3" in output
     run_lesson(lesson, tmp_path / "b", *SMALL, "--epochs", 3)
     assert_same_run(lesson, tmp_path / "a", tmp_path / "b")
 

@@ -255,7 +255,7 @@ def test_resume_continues_every_variant_where_it_was(resumed):
     _, *sections = re.split(r"^(\w+):$", training, flags=re.MULTILINE)
     assert sections[::2] == resumed.variants
     for variant, text, done in zip(resumed.variants, sections[1::2], resumed.done, strict=True):
-        assert (f"Resuming after epoch {done}." in text) == (done > 0)
+        assert (f"Resuming after epoch {done} of {resumed.epochs}." in text) == (done > 0)
         epochs = [int(epoch) for epoch in re.findall(r"Epoch +(\d+)/", text)]
         assert epochs == list(range(done + 1, resumed.epochs + 1))
         path = folder_of(resumed.lesson, resumed.resumed) / variant / "latest_checkpoint.pth"
@@ -294,7 +294,7 @@ def test_a_resumed_run_keeps_its_settings(six, capsys, name, value):
 def test_a_complete_run_may_be_resumed_with_its_own_settings(six, tmp_path):
     """Nothing is trained, and the comparison is printed again."""
     output = resume(six.lesson, six.folder, "--epochs", 5, "--data", "digits", "--lr", 0.05)
-    assert output.count("Resuming after epoch 5.") == 6 and "Epoch" not in output
+    assert output.count("Resuming after epoch 5 of 5.") == 6 and "Epoch " not in output
     assert "Best validation accuracy on 32 images of digits:" in output
 
 

@@ -286,7 +286,9 @@ def test_weights_are_channels_last_on_the_cpu_only(watched, lessons, tmp_path, m
 
 
 @pytest.mark.parametrize("number", NEW)
-def test_initial_weights_and_a_new_order_in_every_epoch_depend_on_the_seed_alone(lessons, tmp_path, monkeypatch, number):
+def test_initial_weights_and_a_new_order_in_every_epoch_depend_on_the_seed_alone(
+    lessons, tmp_path, monkeypatch, number
+):
     """Whatever else draws random numbers. All variants begin with the same weights and see the same order."""
     orders, weights = [], []
 

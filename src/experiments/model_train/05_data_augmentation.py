@@ -150,8 +150,9 @@ def load_model(path, device):
     return model, checkpoint
 
 
-# NEW in 05: gentle augmentation. Flip, crop and rotation move the object, color jitter changes the light, and
-# erasing hides a part of it. A rotation blurs small images, and hue is slow: both are applied only sometimes.
+# NEW in 05: gentle augmentation
+# Flip, crop and rotation move the object, color jitter changes the light, and erasing hides a part of it.
+# A rotation blurs small images, and hue is slow: both are applied only sometimes.
 AUGMENTATION = [
     v2.RandomHorizontalFlip(p=0.5),
     v2.RandomCrop(32, padding=2),

@@ -157,8 +157,8 @@ def load_model(path, device):
     return model, checkpoint
 
 
-# Flip, crop and rotation move the object, color jitter changes the light, and
-# erasing hides a part of it. A rotation blurs small images, and hue is slow: both are applied only sometimes.
+# Flip, crop and rotation move the object, color jitter changes the light, and erasing hides a part of it.
+# A rotation blurs small images, and hue is slow: both are applied only sometimes.
 AUGMENTATION = [
     v2.RandomHorizontalFlip(p=0.5),
     v2.RandomCrop(32, padding=2),
@@ -341,7 +341,8 @@ def print_metrics(metrics, class_names):
         precision, recall, f1, images = metrics["classes"][name].values()
         print(f"  {name:12} {precision:9.4f} {recall:7.4f} {f1:7.4f} {images:7.0f}")
 
-    weakest = min(class_names, key=lambda name: metrics["classes"][name]["f1-score"])
+    present = [name for name in class_names if metrics["classes"][name]["support"]]  # in a small subset
+    weakest = min(present, key=lambda name: metrics["classes"][name]["f1-score"])
     print(f"Weakest class: {weakest} (F1 {metrics['classes'][weakest]['f1-score']:.2f})")
     matrix = np.array(metrics["confusion_matrix"])
     np.fill_diagonal(matrix, 0)
@@ -442,28 +443,31 @@ def main(argv=None):
     explain_argmax()
     artifacts = args.output_dir / "artifacts"
     path = args.checkpoint or artifacts / "checkpoints" / "best_model_eval.pth"
+    # NEW in 06: train only if there is no model to evaluate yet
+    needs_training = args.overwrite or not (args.checkpoint or path.exists())
+    if not needs_training:
+        data = load_checkpoint(path)["hyperparameters"]["data"]
+        if args.data not in ["auto", data]:
+            sys.exit(f"{path} was trained on {data}. Leave out --data, or train a new model (--overwrite).")
+        args.data = data
+    if not (needs_training or args.checkpoint):
+        print(f"No training, because {path} exists. To train a new model, add --overwrite.")
     (artifacts / "checkpoints").mkdir(parents=True, exist_ok=True)
     run_dir = args.output_dir / "tensor_board" / LESSON / args.run
-    run_dir.mkdir(parents=True)
+    run_dir.mkdir(parents=True)  # an error if another run has started in the same second
     with SummaryWriter(run_dir) as writer:
-        # NEW in 06: train only if there is no model to evaluate yet
-        if args.overwrite or not (args.checkpoint or path.exists()):
+        if needs_training:
             images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
             train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
             print(f"Device: {args.device} | {args.data}: {len(train_set):,} + {len(val_set):,} images")
             best = train(args, train_set, val_set, class_names, writer)
             save_checkpoint(best, path)
-        elif not args.checkpoint:
-            print(f"No training, because {path} exists. To train a new model, add --overwrite.")
 
         # NEW in 06: the test images choose nothing, because the model is final when it meets them
         model, checkpoint = load_model(path, args.device)
-        data = checkpoint["hyperparameters"]["data"]
-        if args.data not in ["auto", data]:
-            sys.exit(f"{path} was trained on {data}. Leave out --data, or train a new model (--overwrite).")
-        images, labels, _, _ = load_data(data, args.data_dir, train=False)
+        images, labels, _, _ = load_data(args.data, args.data_dir, train=False)
         test_set = TensorDataset(images[: args.subset], labels[: args.subset])
-        print(f"Evaluating {path}, a model trained on {data}, on {len(test_set):,} test images")
+        print(f"Evaluating {path}, a model trained on {args.data}, on {len(test_set):,} test images")
         logits = compute_logits(model, DataLoader(test_set, batch_size=250), args.device)
         write_report(logits, test_set, checkpoint, artifacts, writer)
     print(f'Curves: tensorboard --logdir "{args.output_dir / "tensor_board" / LESSON}"')
