@@ -253,7 +253,7 @@ def test_the_key_code_of_a_page_is_the_lessons_own(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in CHINESE], ids=name)
 def test_the_quick_commands_of_a_page_work_one_after_the_other(
-    lessons, page, monkeypatch, tmp_path, no_pictures, capsys
+    lessons, page, monkeypatch, tmp_path, no_pictures, seconds, capsys
 ):
     """For somebody who ran nothing else before; here on some digits, and in the folder that they are typed in."""
     monkeypatch.chdir(tmp_path)
