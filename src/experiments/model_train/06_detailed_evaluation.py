@@ -429,8 +429,9 @@ def write_report(logits, test_set, checkpoint, artifacts, writer):
     for name, fig in figures.items():
         fig.savefig(artifacts / f"{name}.png")
         writer.add_figure(f"Evaluation/{name}", fig)
+    probabilities = logits.softmax(dim=1)
     for i, name in enumerate(class_names):
-        writer.add_pr_curve(f"PrecisionRecall/{name}", labels == i, logits.softmax(dim=1)[:, i])
+        writer.add_pr_curve(f"PrecisionRecall/{name}", labels == i, probabilities[:, i])
     writer.add_scalar("Test/loss", metrics["loss"])
     writer.add_scalar("Test/accuracy", 100 * metrics["accuracy"])
     settings = checkpoint["hyperparameters"].items()
