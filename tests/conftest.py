@@ -27,7 +27,7 @@ sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)  # 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {path.stem[:2]: path for path in sorted(LESSONS.glob("[01]*.py"))}
 NUMBERS = list(PATHS)  # "01", "02", ...
-NEW = NUMBERS[:6]  # the lessons that test_smoke.py to test_06_*.py cover; test_old_*.py covers the rest
+CORE = NUMBERS[:6]  # they share the loop of train(); each of the others has tests of its own loop
 DRAW = {Figure: "savefig", SummaryWriter: "add_figure"}  # what takes long, and few tests look at
 ORIGINALS = {kind: getattr(kind, name) for kind, name in DRAW.items()}
 CPU = torch.device("cpu")
@@ -35,14 +35,11 @@ JOBS = {}  # {name: function}, of in_background()
 FLAGS = ["--data", "digits", "--subset", "200", "--device", "cpu", "--batch-size", "64"]
 UNIX = pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of Linux and macOS")
 QUICK = ["--data", "digits", "--epochs", "1", "--subset", "256", "--device", "cpu"]
-IMAGES = {"07": 64, "09": 64}  # 16 bits take long on some computers, and 21 trainings on all; else 256
+IMAGES = {"07": 64, "09": 64}  # 16 bits take long on some computers, and 48 runs on all; else 256
 TINY = {number: ["--subset", "32"] for number in NUMBERS}
-TINY["10"] = ["--subset", "100", "--labels", "4"]  # it needs some images of each class
-
-
-def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=1, help="how often test_old_faults.py kills each lesson")
-    parser.addoption("--cases", type=int, default=50, help="how many command lines it tries on each lesson")
+TINY["09"] = ["--subset", "48", "--batch-size", "16"]  # it needs three batches
+TINY["10"] = ["--subset", "100", "--labels", "4", "--steps", "2"]  # it needs some images of each class
+TINY["11"] = ["--subset", "120", "--workers", "0"]
 
 
 def run_lesson(lesson, output_dir, *flags):
@@ -64,10 +61,14 @@ def no_group_left():
 
 
 def load_quick_lesson(number):
-    """Import a lesson from its file. Of lesson 10, whose 36 trainings have 20 epochs each, they have 2 here."""
+    """Import a lesson from its file. Lesson 10 tries one learning rate here, and lesson 09 three dangers."""
     lesson = load_lesson(number)
+    if number == "09":
+        lesson.DANGERS = {
+            name: lesson.DANGERS[name] for name in ["none", "images of nan", "BatchNorm, lr x 6"]
+        }
     if number == "10":
-        lesson.ARM_EPOCHS = 2
+        lesson.LEARNING_RATES = [0.02]
     return lesson
 
 
@@ -116,15 +117,14 @@ def one_variant(number):
     return ["--schedulers", "Constant"] if number == "04" else []
 
 
-def folder_of(lesson, output_dir, run=1):
-    """Return the folder in which a lesson keeps its checkpoints; of an old lesson, those of the Nth run on digits."""
-    folder = output_dir / "artifacts" / "checkpoints" / lesson.LESSON
-    return folder if lesson.LESSON[:2] in NEW else folder / f"digits_run_{run}"
+def folder_of(lesson, output_dir):
+    """Return the folder in which a lesson keeps its checkpoints."""
+    return output_dir / "artifacts" / "checkpoints" / lesson.LESSON
 
 
-def checkpoints_of(lesson, output_dir, run=1):
+def checkpoints_of(lesson, output_dir):
     """Return all checkpoints in folder_of() as {path relative to its folder: content of the file}."""
-    folder = folder_of(lesson, output_dir, run)
+    folder = folder_of(lesson, output_dir)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.pth"))}
 
 
@@ -210,8 +210,9 @@ def finished(tmp_path_factory):
             for kind, name in DRAW.items():
                 patch.setattr(kind, name, ORIGINALS[kind])  # this run has pictures, whoever asks for it first
             lesson = load_quick_lesson(number)  # a module of its own, in which no test has patched anything
-            epochs = 2 if number in NEW else 1
+            epochs = 2 if number in CORE else 1
             flags = ["--device", device, "--subset", IMAGES.get(number, 256), "--epochs", epochs]
+            flags += {"09": TINY["09"], "10": TINY["10"], "11": TINY["11"]}.get(number, [])
             output = run_lesson(lesson, folder, *flags)
         return SimpleNamespace(folder=folder, output=output, artifacts=folder / "artifacts")
 

@@ -30,7 +30,7 @@ TASKS += ["usual way, pooling last", "usual way, augmented", "usual way, augment
 MACHINE = {"processor": "Abacus", "cores": 7, "instructions": "BEADS", "threads": 3, "system": "Wood"}
 MACHINE |= {"python": "3.1", "torch": "4.1", "torchvision": "5.9"}
 MACHINE_IN_WORDS = "Abacus, 7 cores, BEADS, Wood, Python 3.1, torch 4.1, torchvision 5.9"
-CLIPPING_RUNS = [tables.clipping_run(d, c) for d in tables.DANGERS for c in ["none", "norm", "value"]]
+CLIPPING_RUNS = [tables.clipping_run(d, remedy) for d in tables.DANGERS for remedy in tables.REMEDIES]
 EN, ZH = tables.words("en"), tables.words("zh")
 
 
@@ -222,19 +222,18 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("run", ["20261128-024000", "cifar10_run_1"])
-def test_results_are_the_best_accuracy_and_the_last_gap(folder, run):
+def test_results_are_the_best_accuracy_and_the_last_gap(folder):
     """Also of a run that was resumed: the third epoch was not saved, and is done again."""
-    write_run(folder / "tensor_board" / "03_save_load_model" / run, [50, 75, 99], [1, 2, 3])
-    write_run(folder / "tensor_board" / "03_save_load_model" / run, [75, 60], [4, 5], first_epoch=3)
+    run_dir = folder / "tensor_board" / "03_save_load_model" / "20261128-024000"
+    write_run(run_dir, [50, 75, 99], [1, 2, 3])
+    write_run(run_dir, [75, 60], [4, 5], first_epoch=3)
     assert results.collect("03", folder) == {"": {"val_accuracy": 75, "best_epoch": 2, "epochs": 4, "gap": 5}}
 
 
-@pytest.mark.parametrize("place", ["{}/20261128-024000", "cifar10_run_1/{}"])
-def test_results_are_told_apart_by_variant(folder, place):
+def test_results_are_told_apart_by_variant(folder):
     lesson = folder / "tensor_board" / "04_lr_scheduler"
-    write_run(lesson / place.format("StepLR"), [50, 75, 62.5], [1, 2, 4])
-    write_run(lesson / place.format("Constant"), [80, 70, 60], [8, 16, 32])
+    write_run(lesson / "StepLR" / "20261128-024000", [50, 75, 62.5], [1, 2, 4])
+    write_run(lesson / "Constant" / "20261128-024000", [80, 70, 60], [8, 16, 32])
     assert results.collect("04", folder) == {
         "StepLR": {"val_accuracy": 75, "best_epoch": 2, "epochs": 3, "gap": 4},
         "Constant": {"val_accuracy": 80, "best_epoch": 1, "epochs": 3, "gap": 32},
@@ -260,7 +259,10 @@ def test_the_lessons_print_and_write_what_is_collected(lessons, finished, folder
     (folder / "output.txt").write_text(run.output, encoding="utf-8")
     found = results.collect(number, folder)
     expected = {"04": lessons["04"].SCHEDULERS, "05": list(lessons["05"].VARIANTS)}
-    expected |= {"07": ["float32", "bfloat16"], "09": CLIPPING_RUNS, "11": ["by_file", "by_group"]}
+    expected |= {"07": ["float32", "bfloat16"], "11": ["by_file", "by_group"]}
+    expected["09"] = [
+        run for run in CLIPPING_RUNS if run.startswith(("none", "images_of_nan", "BatchNorm_lr"))
+    ]
     assert number == "10" or sorted(found) == sorted(expected.get(number, [""]))
     for variant, metrics in found.items():
         train = metrics.get("val_accuracy", 0) + metrics.get("gap", 0)
@@ -397,17 +399,11 @@ def test_table_of_lessons_gets_time_and_accuracy_in_both_languages():
 
 
 def test_tables_of_lessons_with_metrics_of_their_own():
-    rule = {"stops_after": None, "brings_back": 2, "saved_epochs": 0, "lost_points": 11.46}
-    ruled = [{"arms": {"": {"rules": {"Loss/val 1": rule}}}}] * 2
-    assert cells(tables.rules_table(ruled, EN))[1] == [
-        "`Loss/val`",
-        "1",
-        "-, -",
-        "2, 2",
-        "0, 0",
-        "11.46, 11.46",
-    ]
-    draws = {"pretraining": {"val_accuracy": 82.0}, "scratch_10": {"draws": [40.0, 50.0]}}
+    rule = {"stops_after": None, "best_epoch": 2, "saved_epochs": 0, "lost_points": 11.46}
+    ruled = [{"arms": {"": {"rules": {"Loss/val 1 0.2": rule}}}}] * 2
+    row = ["`Loss/val`", "1", "0.2", "-, -", "2, 2", "0, 0", "11.46, 11.46"]
+    assert cells(tables.rules_table(ruled, EN))[1] == row
+    draws = {"scratch_10": {"draws": [40.0, 50.0]}}
     transfer = tables.transfer_table([{"lesson": "10", "arms": draws}] * 2, EN)
     assert cells(transfer) == [
         ["variant", "10 images per class"],
@@ -417,7 +413,7 @@ def test_tables_of_lessons_with_metrics_of_their_own():
     assert cells(tables.splits_table(splits, EN))[1] == ["`by_file`", "81.0 ± 1.4", "40.0 ± 0.0"]
     clipped = entry("09", 42, **{run: (float(i), 0.0) for i, run in enumerate(CLIPPING_RUNS)})
     rows = cells(tables.clipping_table([clipped], EN))[1:]
-    assert [row[0] for row in rows] == tables.DANGERS
+    assert [row[0] for row in rows] == [f"`{danger}`" for danger in tables.DANGERS]
     assert [float(cell) for row in rows for cell in row[1:]] == list(range(len(CLIPPING_RUNS)))
 
 

@@ -14,7 +14,7 @@ import pytest
 import sklearn.datasets
 import torch
 from common import load_lesson
-from conftest import NEW, PATHS, QUICK, ROOT, TINY, UNIX, in_background, run_lesson
+from conftest import NUMBERS, PATHS, QUICK, ROOT, TINY, UNIX, in_background, run_lesson
 
 # What Python and its libraries will not do for ever; a warning from a lesson's own line is an error here.
 CHANGES = [FutureWarning, DeprecationWarning]
@@ -34,7 +34,7 @@ MORE_BAD_VALUES = {
 }
 
 
-@pytest.mark.parametrize("number", NEW)
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_bad_value_gets_one_sentence_and_status_2(lessons, number, capsys):
     """The sentence names the flag."""
     flags = BAD_VALUES | MORE_BAD_VALUES.get(number, {})
@@ -46,7 +46,7 @@ def test_a_bad_value_gets_one_sentence_and_status_2(lessons, number, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("number", NEW)
+@pytest.mark.parametrize("number", NUMBERS)
 def test_cuda_that_is_missing_is_named(lessons, number, capsys):
     """Instead of an error from the middle of PyTorch."""
     with pytest.raises(SystemExit) as error:
@@ -56,7 +56,7 @@ def test_cuda_that_is_missing_is_named(lessons, number, capsys):
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("number", NEW)
+@pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize(("subset", "batch_size"), [(1, 1), (3, 1000)])
 def test_very_small_runs_work(lessons, tmp_path, number, subset, batch_size):
     """One image alone, and batches that are larger than the data."""
@@ -64,7 +64,7 @@ def test_very_small_runs_work(lessons, tmp_path, number, subset, batch_size):
     assert "Epoch  1/1" in output
 
 
-@pytest.mark.parametrize("number", NEW[1:])
+@pytest.mark.parametrize("number", NUMBERS[1:])
 def test_the_printed_tensorboard_command_works_for_a_folder_with_spaces(finished, lessons, number):
     """The folder stays one argument in a shell, and holds the curves of the run."""
     assert " " in finished(number).folder.name
@@ -75,7 +75,7 @@ def test_the_printed_tensorboard_command_works_for_a_folder_with_spaces(finished
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("number", NEW)
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_lesson_runs_as_a_script_from_another_folder(tmp_path, monkeypatch, capsys, number):
     """As `python lesson.py`, but for the seconds that a new process needs to import PyTorch. Nothing warns."""
     monkeypatch.chdir(tmp_path)
@@ -99,7 +99,7 @@ def test_pictures_are_drawn_into_files_and_open_no_window(number):
     assert plt.get_backend() == "agg"
 
 
-@pytest.mark.parametrize("number", NEW)
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_copy_elsewhere_uses_the_working_directory(tmp_path, monkeypatch, number):
     """A lesson stands alone, so that its file can be taken anywhere."""
     (tmp_path / "content").mkdir()
@@ -112,7 +112,7 @@ def test_a_copy_elsewhere_uses_the_working_directory(tmp_path, monkeypatch, numb
     assert args.output_dir == ROOT and args.data_dir == ROOT / "data"
 
 
-@pytest.mark.parametrize("number", NEW)
+@pytest.mark.parametrize("number", NUMBERS)
 def test_ctrl_c_gives_one_line_and_status_1(tmp_path, monkeypatch, number):
     """No traceback follows the line, and where a run can be resumed, it says so. A text means status 1."""
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from common import read_scalars
-from conftest import NEW, load
+from conftest import CORE, NUMBERS, load
 from PIL import Image
 
 # The variants that a lesson trains, by the names of their folders; lesson 01 writes nothing for TensorBoard.
@@ -15,12 +15,27 @@ VARIANTS = {
     "04": ["Constant", "StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingLR", "ReduceLROnPlateau"],
     "05": ["without_augmentation", "with_augmentation", "strong_augmentation"],
     "06": [""],
+    "07": ["float32", "bfloat16"],
+    "08": [""],
+    "09": [
+        f"{danger}_{remedy}"
+        for danger in ["none", "images_of_nan", "BatchNorm_lr_x_6"]
+        for remedy in ["none", "norm_50", "norm_90", "norm_99", "value_50", "value_90", "value_99", "lr_4"]
+    ],
+    "10": ["pretraining", "scratch", "new_last_layer", "new_linear_layers", "fine_tuned"],
+    "11": ["by_file", "by_group"],
+    "12": [""],
 }
 PICTURES = {
     "01": ["01_samples", "01_basic_training"],
     "04": ["lr_schedules", "lr_comparison"],
     "05": ["data_augmentation_demo", "augmentation_comparison"],
     "06": ["confusion_matrix", "confidence_analysis", "error_samples"],
+    "07": ["mixed_precision"],
+    "08": ["early_stopping"],
+    "09": ["gradient_clipping"],
+    "10": ["transfer_learning"],
+    "11": ["custom_dataset"],
 }
 CURVES = {"Loss/train", "Loss/val", "Accuracy/train", "Accuracy/val", "Overfitting/accuracy_gap"}
 CURVES |= {"LearningRate", "Seconds"}
@@ -30,21 +45,27 @@ def checkpoint_paths(lesson, number):
     """Return the promised checkpoints of a run of two epochs, relative to artifacts/."""
     if number == "06":
         return ["checkpoints/best_model_eval.pth"]
-    if number in ["01", "02"]:
+    if number == "11":
+        return ["checkpoints/11_custom_dataset/best_model.pth"]
+    if number in ["01", "02", "07", "09", "10"]:
         return []
     folders = [f"checkpoints/{lesson.LESSON}/{variant}".rstrip("/") for variant in VARIANTS[number]]
     return [f"{folder}/{name}.pth" for folder in folders for name in ["best_model", "latest_checkpoint"]]
 
 
-@pytest.mark.parametrize("number", NEW)
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_lesson_writes_the_promised_files_and_no_other(finished, lessons, number, device):
     """TensorBoard's are one event file for each variant, in a folder with the date and time of the start."""
     run = finished(number, device)
     written = [path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file()]
     events = [name for name in written if name.startswith("tensor_board/")]
     promised = checkpoint_paths(lessons[number], number) + [f"{x}.png" for x in PICTURES.get(number, [])]
-    promised += ["evaluation_report.json"] if number == "06" else []
-    assert set(written) - set(events) == {f"artifacts/{name}" for name in promised}
+    promised += {"06": ["evaluation_report.json"], "10": ["transfer_learning.json"]}.get(number, [])
+    made = [
+        name for name in written if name.startswith("artifacts/11_custom_dataset/")
+    ]  # lesson 11's pictures
+    assert (len(made) > 100) == (number == "11")
+    assert set(written) - set(events) - set(made) == {f"artifacts/{name}" for name in promised}
     assert all((run.folder / name).stat().st_size > 0 for name in written)
 
     starts = {name.split("/")[-2] for name in events}
@@ -64,7 +85,7 @@ def test_pictures_are_complete_and_show_something(finished, number):
             assert picture.format == "PNG" and min(picture.size) > 200 and brightest - darkest > 100, name
 
 
-@pytest.mark.parametrize("number", NEW)
+@pytest.mark.parametrize("number", CORE)
 def test_screen_curves_and_checkpoints_agree(finished, lessons, number, device):
     """Every epoch is one line on the screen, one point on every curve, and one row in the checkpoint's history."""
     run, lesson = finished(number, device), lessons[number]

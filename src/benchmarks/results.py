@@ -26,8 +26,7 @@ from tqdm import tqdm
 RESULTS = ROOT / "docs" / "results.json"
 # How many seeds of each lesson; lesson 03 trains exactly as lesson 02
 SEEDS = {f"{number:02}": 3 for number in range(1, 13)} | {"01": 1, "03": 1}
-# The name of a run in TensorBoard: 20261128-024000, or cifar10_run_1
-RUN = re.compile(r"\d{8}-\d{6}|[a-z0-9]+_run_\d+")
+RUN = re.compile(r"\d{8}-\d{6}")  # the name of a run in TensorBoard, such as 20261128-024000
 
 
 def collect(number, folder):
@@ -68,23 +67,24 @@ def collect(number, folder):
         variants[""]["mean_confidence"] = 100 * report["mean_confidence"]
         variants[""]["calibration_error"] = 100 * report["expected_calibration_error"]
     if number == "08":  # what each rule would have made of the run
-        at_most = int(re.findall(r"of at most (\d+) epochs \(", output)[-1])
-        rule = r"^  (\w+/val) +(\d+) +(?:epoch +(\d+)|not in +\d+) +epoch +(\d+) .* ([\d.]+) points$"
+        rule = r"^  (\w+/val) +(\d+) +([\d.]+) +(?:epoch +(\d+)|not in +\d+) +(\d+) +(\d+) epochs .* ([\d.]+) points$"
         variants[""]["rules"] = {
-            f"{curve} {patience}": {
+            f"{metric} {patience} {min_delta}": {
                 "stops_after": int(stop) if stop else None,
-                "brings_back": int(epoch),
-                "saved_epochs": at_most - int(stop or at_most),
+                "best_epoch": int(epoch),
+                "saved_epochs": int(saved),
                 "lost_points": float(lost),
             }
-            for curve, patience, stop, epoch, lost in re.findall(rule, output, flags=re.MULTILINE)
+            for metric, patience, min_delta, stop, epoch, saved, lost in re.findall(
+                rule, output, flags=re.MULTILINE
+            )
         }
     if number == "10":  # the accuracies of a variant, by the number of labelled images per class
-        report = read_json(folder / "artifacts" / "transfer_learning.json")
-        for variant, rows in report["accuracies"].items():
-            for count, draws in rows.items():
-                mean = sum(draws) / len(draws)
-                variants[f"{variant}_{count}"] = {"val_accuracy": mean, "draws": draws}
+        variants = {
+            f"{variant}_{count}": {"test_accuracy": sum(draws) / len(draws), "draws": draws}
+            for variant, rows in read_json(folder / "artifacts" / "transfer_learning.json").items()
+            for count, draws in rows.items()
+        }
     if number == "11":
         for split, accuracy in re.findall(r"^  (\w+) +[\d.]+ % +([\d.]+) %$", output, flags=re.MULTILINE):
             variants[split]["test_accuracy"] = float(accuracy)

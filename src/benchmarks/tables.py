@@ -20,15 +20,16 @@ GUIDES = sorted([*ROOT.glob("*.md"), *LESSONS.glob("*.md"), *(ROOT / "docs").glo
 # {name: what the Chinese tables call it}. A longer name is put together from its parts: see words().
 CHINESE = read_json(Path(__file__).with_name("chinese.json"))
 # The variants that stand for lessons that are not about the best of their networks
-HEADLINES = {"09": "images_x_255_clipping_norm", "10": "new_linear_layers_50", "11": "by_group"}
+HEADLINES = {"09": "images_x_255_norm_50", "10": "fine_tuned_50", "11": "by_group"}
 NAMES = {
     "with_augmentation": "with augmentation",
-    "images_x_255_clipping_norm": "images x 255, norm clipped",
-    "new_linear_layers_50": "new linear layers, 50 images per class",
+    "images_x_255_norm_50": "images x 255, norm clipped",
+    "fine_tuned_50": "fine-tuned, 50 images per class",
     "by_group": "split by group",
 }
-DANGERS = ["none", "rate x 4", "images x 255", "images of nan"]
-DANGERS += ["BatchNorm, none", "BatchNorm, rate x 6", "BatchNorm, images x 255"]
+# Of lesson 09, as in its DANGERS and its table
+DANGERS = ["none", "lr x 4", "images x 255", "images of nan", "BatchNorm, none", "BatchNorm, lr x 6"]
+REMEDIES = ["none", "norm 50 %", "norm 90 %", "norm 99 %", "value 50 %", "value 90 %", "value 99 %", "lr / 4"]
 
 
 def words(language):
@@ -84,9 +85,8 @@ def by_variant(entries, metric):
 def headline(entries, say):
     """Return the accuracy that stands for a lesson, as text: of its best variant, or of that in HEADLINES."""
     number = entries[0]["lesson"]
-    split, split_name = {"01": ("train", "training"), "06": ("test", "test"), "11": ("test", "test")}.get(
-        number, ("val", "validation")
-    )
+    tested = dict.fromkeys(["06", "10", "11"], ("test", "test"))
+    split, split_name = ({"01": ("train", "training")} | tested).get(number, ("val", "validation"))
     accuracy = by_variant(entries, f"{split}_accuracy")
     best = HEADLINES.get(number) or max(accuracy, key=lambda name: statistics.mean(accuracy[name]))
     text = say(f"{{}} % on {split_name} images").format(mean_and_spread(accuracy[best], 1))
@@ -167,34 +167,42 @@ def rules_table(entries, say):
     for rule in entries[0]["arms"][""]["rules"]:
         found = [entry["arms"][""]["rules"][rule] for entry in entries]
         stops = ", ".join(str(figures["stops_after"] or "-") for figures in found)
-        epochs = ", ".join(str(figures["brings_back"]) for figures in found)
+        epochs = ", ".join(str(figures["best_epoch"]) for figures in found)
         saved = ", ".join(str(figures["saved_epochs"]) for figures in found)
         lost = ", ".join(f"{figures['lost_points']:.2f}" for figures in found)
-        curve, patience = rule.split()
-        rows.append([f"`{curve}`", patience, stops, epochs, saved, lost])
-    header = ["watches", "patience", "stops after epoch", "brings back", "saved", "lost"]
+        metric, patience, min_delta = rule.split()
+        rows.append([f"`{metric}`", patience, min_delta, stops, epochs, saved, lost])
+    header = [
+        "metric",
+        "patience",
+        "min_delta",
+        "stops after epoch",
+        "best epoch",
+        "epochs saved",
+        "points lost",
+    ]
     return table([say(word) for word in header], rows)
 
 
-def clipping_run(danger, clipping):
-    """Return the name of the run of lesson 09 that was trained under this danger with this clipping."""
-    return f"{danger} clipping {clipping}".replace(" ", "_").replace(",", "")
+def clipping_run(danger, remedy):
+    """Return the name of the run of lesson 09 that was trained under this danger with this remedy."""
+    return "_".join(re.findall(r"\w+", f"{danger} {remedy}"))
 
 
 def clipping_table(entries, say):
-    """Return the table of lesson 09: validation accuracy in percent by danger and clipping, over the seeds."""
+    """Return the table of lesson 09: validation accuracy in percent by danger and remedy, over the seeds."""
     accuracy = by_variant(entries, "val_accuracy")
     rows = []
     for danger in DANGERS:
-        runs = [clipping_run(danger, clipping) for clipping in ["none", "norm", "value"]]
-        rows.append([say(danger), *(mean_and_spread(accuracy[run], 1) for run in runs)])
-    return table([say(word) for word in ["danger", "no clipping", "norm clipped", "values clipped"]], rows)
+        cells = [mean_and_spread(accuracy[clipping_run(danger, remedy)], 1) for remedy in REMEDIES]
+        rows.append([f"`{danger}`", *cells])
+    return table([say("danger"), *REMEDIES], rows)
 
 
 def transfer_table(entries, say):
-    """Return the table of lesson 10: validation accuracy in percent by variant and images, over all draws."""
+    """Return the table of lesson 10: test accuracy in percent by variant and images, over all draws."""
     cells = {}
-    for name in list(entries[0]["arms"])[1:]:  # the first is the training on the old classes
+    for name in entries[0]["arms"]:
         variant, count = name.rsplit("_", 1)
         draws = [accuracy for entry in entries for accuracy in entry["arms"][name]["draws"]]
         cells.setdefault(variant, {})[count] = mean_and_spread(draws, 1)
@@ -207,7 +215,7 @@ def splits_table(entries, say):
     """Return the table of lesson 11: what validation promises and new scenes get, in percent, over the seeds."""
     val, test = by_variant(entries, "val_accuracy"), by_variant(entries, "test_accuracy")
     rows = [[f"`{split}`", mean_and_spread(val[split], 1), mean_and_spread(test[split], 1)] for split in val]
-    return table([say(word) for word in ["split", "validation", "test (new scenes)"]], rows)
+    return table([say(word) for word in ["split", "validation", "test (new groups)"]], rows)
 
 
 def processes_table(report, say=ENGLISH):

