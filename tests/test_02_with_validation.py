@@ -8,7 +8,6 @@ import pytest
 import torch
 from common import read_scalars
 from conftest import run_lesson, use_results
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 @pytest.fixture
@@ -86,18 +85,6 @@ def test_the_points_of_an_epoch_are_on_the_disk_before_its_line_is_printed(lesso
     lesson.log_epoch(writer, 7, 9, row)
     assert calls == [*((name, value, 7) for name, value in row.items()), "flushed, printed: ''"]
     assert capsys.readouterr().out.startswith("Epoch  7/9 | ")
-
-
-def test_tensorboard_knows_the_hyperparameters_of_the_run(finished):
-    """Under Text, one in each line."""
-    [events] = finished("02").folder.rglob("events*")
-    accumulator = EventAccumulator(str(events.parent))
-    accumulator.Reload()
-    [text] = accumulator.Tensors("Hyperparameters/text_summary")
-    lines = text.tensor_proto.string_val[0].decode().split("  \n")
-    assert {"epochs: 2", "batch_size: 128", "lr: 0.02", "seed: 42", "subset: 256", "data: digits"} <= set(
-        lines
-    )
 
 
 def test_a_second_run_is_a_second_run_in_tensorboard(lesson, seconds, tmp_path):

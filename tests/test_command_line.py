@@ -12,56 +12,41 @@ import warnings
 import matplotlib.pyplot as plt
 import pytest
 import sklearn.datasets
-import torch
-from common import load_lesson
 from conftest import NUMBERS, PATHS, QUICK, ROOT, TINY, UNIX, in_background, run_lesson
 
 # What Python and its libraries will not do for ever; a warning from a lesson's own line is an error here.
 CHANGES = [FutureWarning, DeprecationWarning]
 BAD_VALUES = {
-    "--epochs": ["0", "-1", "x", "1.5", ""],
-    "--batch-size": ["0", "nan"],
-    "--lr": ["0", "-1", "nan", "inf", "fast"],
-    "--seed": ["x"],
-    "--subset": ["0", "-5"],
+    "--epochs": ["0", "1.5"],
+    "--batch-size": ["0"],
+    "--lr": ["0", "nan", "inf"],
+    "--subset": ["0"],
     "--data": ["mnist"],
-    "--device": ["toaster", "", "cuda:99", "xla:0"],
+    "--device": ["toaster", "cuda:99"],
 }
 MORE_BAD_VALUES = {
-    "04": {"--schedulers": ["OneCycleLR", "constant"]},
-    "05": {"--group-size": ["0", "x"]},
-    "06": {"--group-size": ["0", "x"]},
+    "04": {"--schedulers": ["OneCycleLR"]},
+    "05": {"--group-size": ["0"]},
+    "06": {"--group-size": ["0"]},
 }
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_bad_value_gets_one_sentence_and_status_2(lessons, number, capsys):
-    """The sentence names the flag."""
+    """The sentence names the flag, and says so if the machine has no such device."""
     flags = BAD_VALUES | MORE_BAD_VALUES.get(number, {})
     for flag, value in [(flag, value) for flag, values in flags.items() for value in values]:
         with pytest.raises(SystemExit) as error:
             lessons[number].main([flag, value])
-        assert error.value.code == 2, (flag, value)
-        assert flag in capsys.readouterr().err.splitlines()[-1], (flag, value)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("number", NUMBERS)
-def test_cuda_that_is_missing_is_named(lessons, number, capsys):
-    """Instead of an error from the middle of PyTorch."""
-    with pytest.raises(SystemExit) as error:
-        lessons[number].main(["--device", "cuda"])
-    assert error.value.code == 2
-    assert capsys.readouterr().err.endswith("error: --device cuda is not available on this machine\n")
+        sentence = capsys.readouterr().err.splitlines()[-1]
+        assert error.value.code == 2 and flag in sentence, (flag, value)
+        assert flag != "--device" or sentence.endswith(f"--device {value} is not available on this machine")
 
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize(("subset", "batch_size"), [(1, 1), (3, 1000)])
-def test_very_small_runs_work(lessons, tmp_path, number, subset, batch_size):
-    """One image alone, and batches that are larger than the data."""
-    output = run_lesson(lessons[number], tmp_path, "--subset", subset, "--batch-size", batch_size)
-    assert "Epoch  1/1" in output
+def test_one_image_is_enough_for_a_run(lessons, tmp_path, number):
+    assert "Epoch  1/1" in run_lesson(lessons[number], tmp_path, "--subset", 1, "--batch-size", 1)
 
 
 @pytest.mark.parametrize("number", NUMBERS[1:])
@@ -85,30 +70,23 @@ def test_a_lesson_runs_as_a_script_from_another_folder(tmp_path, monkeypatch, ca
             warnings.filterwarnings("error", category=category, module="__main__")
         runpy.run_path(str(PATHS[number]), run_name="__main__")
     output, errors = capsys.readouterr()
-    assert "Epoch  1/1" in output and "Warning" not in errors and "%|" not in errors, (
-        "no bar without a terminal"
-    )
+    assert "Epoch  1/1" in output and "Warning" not in errors
+    assert "%|" not in errors, "no bar without a terminal"
     assert {path.name for path in tmp_path.iterdir()} == {"here"}
 
 
-@pytest.mark.parametrize("number", ["01", "04", "05", "06"])
-def test_pictures_are_drawn_into_files_and_open_no_window(number):
-    """Whatever this computer would draw with otherwise."""
-    plt.switch_backend("svg")
-    load_lesson(number)
-    assert plt.get_backend() == "agg"
-
-
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_copy_elsewhere_uses_the_working_directory(tmp_path, monkeypatch, number):
-    """A lesson stands alone, so that its file can be taken anywhere."""
+def test_a_copy_elsewhere_uses_the_working_directory(lessons, tmp_path, monkeypatch, number):
+    """A lesson stands alone, so that its file can be taken anywhere. Its pictures open no window."""
     (tmp_path / "content").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
+    plt.switch_backend("svg")
     copy = runpy.run_path(shutil.copy(PATHS[number], tmp_path / "content" / "x.py"))
+    assert plt.get_backend() == ("agg" if "plt" in copy else "svg")
     args = copy["parse_args"](["--device", "cpu"])
     assert args.output_dir == tmp_path / "work" and args.data_dir == tmp_path / "work" / "data"
-    args = runpy.run_path(str(PATHS[number]))["parse_args"](["--device", "cpu"])
+    args = lessons[number].parse_args(["--device", "cpu"])
     assert args.output_dir == ROOT and args.data_dir == ROOT / "data"
 
 

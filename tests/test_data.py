@@ -11,7 +11,6 @@ import tarfile
 import threading
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,14 +65,14 @@ class Mirror(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def load_data(lessons, monkeypatch):
-    """load_data() of a lesson, which knows no mirror and no proxy, and waits half a second for an answer, not 15."""
+    """load_data() of a lesson, which knows no mirror and no proxy, and waits a tenth as long for an answer."""
     for name in ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies
     monkeypatch.setattr(lessons["01"], "MIRRORS", [NO_SERVER])
     monkeypatch.setattr(lessons["01"].CIFAR10, "url", NO_SERVER)
     set_timeout = socket.setdefaulttimeout
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds / 30))
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds / 10))
     yield lessons["01"].load_data
     set_timeout(None)
 
@@ -84,9 +83,8 @@ def mirror(lessons, load_data, archive, monkeypatch):
     content, sums, _ = archive
     cifar10 = lessons["01"].CIFAR10
     monkeypatch.setattr(cifar10, "tgz_md5", hashlib.md5(content).hexdigest())
-    monkeypatch.setattr(
-        cifar10, "train_list", [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)]
-    )
+    batches = [[f"data_batch_{i}", sums[f"data_batch_{i}"]] for i in range(1, 6)]
+    monkeypatch.setattr(cifar10, "train_list", batches)
     monkeypatch.setattr(cifar10, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(cifar10, "meta", {**cifar10.meta, "md5": sums["batches.meta"]})
     monkeypatch.setattr(Mirror, "content", content)
@@ -95,11 +93,12 @@ def mirror(lessons, load_data, archive, monkeypatch):
     server.stopping = threading.Event()
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    yield lambda *pages: monkeypatch.setattr(
-        lessons["01"],
-        "MIRRORS",
-        [NO_SERVER if page == "dead" else f"{address}/{page}/{NAME}" for page in pages],
-    )
+
+    def set_mirrors(*pages):
+        urls = [NO_SERVER if page == "dead" else f"{address}/{page}/{NAME}" for page in pages]
+        monkeypatch.setattr(lessons["01"], "MIRRORS", urls)
+
+    yield set_mirrors
     server.stopping.set()
     server.shutdown()
     server.server_close()
@@ -111,9 +110,7 @@ def test_cifar10_images_are_those_of_the_files(mirror, load_data, archive, tmp_p
     images, labels, class_names, data = load_data("auto", tmp_path, train=True)
     assert images.dtype == torch.uint8 and images.shape == (50, 3, 32, 32) and labels.dtype == torch.int64
     files = archive[2]
-    pixels = np.concatenate(
-        [files[f"data_batch_{i}"]["data"] for i in range(1, 6)]
-    )  # rows: red, green, blue planes
+    pixels = np.concatenate([files[f"data_batch_{i}"]["data"] for i in range(1, 6)])
     assert np.array_equal(images.numpy(), pixels.reshape(-1, 3, 32, 32)) and images.is_contiguous()
     assert labels.tolist() == list(range(10)) * 5 and class_names == CLASSES and data == "cifar10"
     images, labels, *_ = load_data("cifar10", tmp_path, train=False)
@@ -121,44 +118,26 @@ def test_cifar10_images_are_those_of_the_files(mirror, load_data, archive, tmp_p
     assert labels.tolist() == list(range(10))
 
 
-def test_a_dead_and_a_wrong_mirror_are_passed_over(mirror, load_data, tmp_path, capsys):
-    """Each is named, the next one is asked, and what was downloaded once is not downloaded again."""
-    mirror("dead", "wrong", "good")
+def test_mirrors_that_are_dead_silent_or_wrong_are_passed_over(mirror, load_data, tmp_path, capsys):
+    """Each is named, the next one is asked, and what was downloaded once is not downloaded again.
+
+    A silent one is given up after 15 seconds, which are 1.5 here.
+    """
+    mirror("dead", "silent", "wrong", "good")
     assert load_data("auto", tmp_path / "new", train=True)[3] == "cifar10"
-    assert capsys.readouterr().out.count("No CIFAR-10 from 127.0.0.1") == 2
+    assert capsys.readouterr().out.count("No CIFAR-10 from 127.0.0.1") == 3
+    assert socket.getdefaulttimeout() == 1.5
     requests = len(Mirror.requests)
     assert len(load_data("cifar10", tmp_path / "new", train=False)[0]) == 10
     assert len(Mirror.requests) == requests
 
 
-def test_a_silent_mirror_is_given_up(mirror, load_data, tmp_path):
-    """After 15 seconds without an answer, which are half a second here."""
-    mirror("silent", "good")
-    assert load_data("auto", tmp_path, train=True)[3] == "cifar10"
-    assert any(path.startswith("/silent/") for path in Mirror.requests) and socket.getdefaulttimeout() == 0.5
-
-
-def test_the_official_server_is_asked_last(lessons):
-    """It is slow, so that at least two mirrors come first."""
-    mirrors = lessons["01"].MIRRORS
-    assert (
-        len(mirrors) >= 3
-        and "cs.toronto.edu" in mirrors[-1]
-        and "cs.toronto.edu" not in "".join(mirrors[:-1])
-    )
-    assert all(url.startswith("https://") and url.endswith(f"/{NAME}") for url in mirrors)
-
-
-@pytest.mark.parametrize(
-    "state", ["half an archive", "another archive", "a folder without files", "a cut batch file"]
-)
+@pytest.mark.parametrize("state", ["half an archive", "a folder without files", "a cut batch file"])
 def test_what_an_earlier_run_left_half_done_does_no_harm(mirror, load_data, archive, tmp_path, state):
     """Without network it is not used, and with network, even with a bad one, it is replaced."""
     folder = tmp_path / "cifar-10-batches-py"
     if state == "half an archive":
         (tmp_path / NAME).write_bytes(archive[0][:5000])
-    elif state == "another archive":
-        (tmp_path / NAME).write_bytes(archive[0][::-1])
     else:
         folder.mkdir()
     if state == "a cut batch file":
@@ -181,14 +160,10 @@ def test_an_archive_put_there_by_hand_needs_no_network(mirror, load_data, archiv
 
 
 def test_without_network_digits_take_over_with_a_notice(load_data, tmp_path, capsys):
-    """The notice says what to do for CIFAR-10."""
+    """The notice says what to do for CIFAR-10. If that was asked for, nothing takes its place, and the lesson ends."""
     assert load_data("auto", tmp_path, train=True)[3] == "digits"
     output = capsys.readouterr().out
     assert "Continuing with handwritten digits instead." in output and f"put {NAME} into {tmp_path}" in output
-
-
-def test_cifar10_without_network_ends_in_one_sentence(load_data, tmp_path):
-    """Digits do not take the place of a data set that was asked for. A text given to sys.exit() means status 1."""
     with pytest.raises(SystemExit, match=r"^CIFAR-10 is not available\. Put .* by hand\.$") as error:
         load_data("cifar10", tmp_path, train=True)
     assert str(tmp_path) in error.value.code
@@ -201,24 +176,13 @@ def test_a_proxy_variable_that_is_no_url_counts_as_no_network(mirror, load_data,
     assert load_data("auto", tmp_path, train=True)[3] == "digits" and not Mirror.requests
 
 
-@pytest.mark.parametrize("place", ["a file in the way", "a full disk"])
-def test_an_unwritable_data_dir_is_not_reported_as_missing_network(
-    mirror, load_data, tmp_path, capsys, place
-):
-    """The system's own error names the cause, and no other mirror is asked."""
+def test_an_unwritable_data_dir_is_not_reported_as_missing_network(mirror, load_data, tmp_path, capsys):
+    """The system's own error names the cause, here a file in the way, and no other mirror is asked."""
     mirror("good", "other")
-    if place == "a full disk":
-        if not Path("/dev/full").exists():
-            pytest.skip("needs a file that is always full")
-        (tmp_path / NAME).symlink_to("/dev/full")
-    else:
-        (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="No space left" if place == "a full disk" else "file"):
-        load_data(
-            "auto", tmp_path / "file" / "data" if place == "a file in the way" else tmp_path, train=True
-        )
-    assert "No CIFAR-10" not in capsys.readouterr().out
-    assert not any(path.startswith("/other/") for path in Mirror.requests)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        load_data("auto", tmp_path / "file" / "data", train=True)
+    assert "No CIFAR-10" not in capsys.readouterr().out and not Mirror.requests
 
 
 def test_digits_are_two_disjoint_splits_of_all_1797_images(load_data, tmp_path):

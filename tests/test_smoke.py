@@ -1,4 +1,7 @@
-"""Every lesson runs from beginning to end, offline, and leaves what it promises and nothing else."""
+"""Every lesson runs from beginning to end, offline, and leaves what it promises and nothing else.
+
+Each runs once on a few of scikit-learn's digits, on the CPU and on CUDA where there is one (conftest.py: finished).
+"""
 
 import re
 
@@ -6,6 +9,7 @@ import pytest
 from common import read_scalars
 from conftest import CORE, NUMBERS, load
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # The variants that a lesson trains, by the names of their folders; lesson 01 writes nothing for TensorBoard.
 VARIANTS = {
@@ -54,43 +58,64 @@ def checkpoint_paths(lesson, number):
 
 
 @pytest.mark.parametrize("number", NUMBERS)
+def test_a_lesson_runs_from_beginning_to_end(finished, number, device):
+    """From the line that names the device to the one that says where the results are."""
+    output = finished(number, device).output
+    assert f"Device: {device}" in output and "digits: " in output
+    assert output.splitlines()[-1].startswith(
+        "Pictures in " if number == "01" else "Curves: tensorboard --logdir "
+    )
+
+
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_lesson_writes_the_promised_files_and_no_other(finished, lessons, number, device):
     """TensorBoard's are one event file for each variant, in a folder with the date and time of the start."""
     run = finished(number, device)
-    written = [path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file()]
-    events = [name for name in written if name.startswith("tensor_board/")]
+    written = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file()}
+    assert all((run.folder / name).stat().st_size > 0 for name in written)
+    events = {name for name in written if name.startswith("tensor_board/")}
+    made = {
+        name for name in written if name.startswith("artifacts/11_custom_dataset/")
+    }  # lesson 11's pictures
+    assert (len(made) > 100) == (number == "11")
     promised = checkpoint_paths(lessons[number], number) + [f"{x}.png" for x in PICTURES.get(number, [])]
     promised += {"06": ["evaluation_report.json"], "10": ["transfer_learning.json"]}.get(number, [])
-    made = [
-        name for name in written if name.startswith("artifacts/11_custom_dataset/")
-    ]  # lesson 11's pictures
-    assert (len(made) > 100) == (number == "11")
-    assert set(written) - set(events) - set(made) == {f"artifacts/{name}" for name in promised}
-    assert all((run.folder / name).stat().st_size > 0 for name in written)
+    assert written - events - made == {f"artifacts/{name}" for name in promised}
 
+    variants = VARIANTS[number] + (["float16"] if (number, device) == ("07", "cuda") else [])
+    folders = [[lessons[number].LESSON, *filter(None, [variant])] for variant in variants]
+    assert sorted(name.split("/")[1:-2] for name in events) == sorted(folders)
     starts = {name.split("/")[-2] for name in events}
     assert all(re.fullmatch(r"\d{8}-\d{6}", start) for start in starts) and len(starts) == (number != "01")
-    folders = [name.split("/")[1:-2] for name in events]
-    expected = [[lessons[number].LESSON, *filter(None, [variant])] for variant in VARIANTS[number]]
-    assert sorted(folders) == sorted(expected)
 
 
 @pytest.mark.parametrize("number", PICTURES)
-def test_pictures_are_complete_and_show_something(finished, number):
+def test_pictures_are_named_and_complete_and_show_something(finished, number):
     """Pillow refuses a PNG file that is cut off."""
     for name in PICTURES[number]:
+        assert f"{name}.png" in finished(number).output
         with Image.open(finished(number).artifacts / f"{name}.png") as picture:
             picture.load()
             darkest, brightest = picture.convert("L").getextrema()
             assert picture.format == "PNG" and min(picture.size) > 200 and brightest - darkest > 100, name
 
 
+@pytest.mark.parametrize("number", NUMBERS[1:])
+def test_tensorboard_knows_the_hyperparameters(finished, number):
+    """Under Text, one in each line."""
+    events = EventAccumulator(str(next(finished(number).folder.rglob("events*")).parent))
+    events.Reload()
+    [text] = events.Tensors("Hyperparameters/text_summary")
+    lines = text.tensor_proto.string_val[0].decode().split("  \n")
+    assert {"seed: 42", "device: cpu", "data: digits"} <= set(lines)
+
+
 @pytest.mark.parametrize("number", CORE)
 def test_screen_curves_and_checkpoints_agree(finished, lessons, number, device):
     """Every epoch is one line on the screen, one point on every curve, and one row in the checkpoint's history."""
     run, lesson = finished(number, device), lessons[number]
-    special = {"01": "256 images | model: 620,586 parameters"}
-    assert f"Device: {device} | digits: {special.get(number, '256 + 256 images')}\n" in run.output
+    images = "256 images | model: 620,586 parameters" if number == "01" else "256 + 256 images"
+    assert f"Device: {device} | digits: {images}\n" in run.output
     lines = iter([line for line in run.output.splitlines() if line.startswith("Epoch")])
     for i, variant in enumerate(VARIANTS[number]):
         [events] = (run.folder / "tensor_board" / lesson.LESSON / variant).rglob("events*")

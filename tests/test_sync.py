@@ -6,7 +6,6 @@ import re
 import sys
 
 import pytest
-import torch
 from conftest import NUMBERS, PATHS, parser_of
 
 # The lesson on which each one builds: the one before it, or, from 07 on, the one that its docstring names.
@@ -79,13 +78,11 @@ HELP = {
     ("--device", "12"): "is one GPU for each process",
 }
 
-LENGTHS = {"01": 215, "02": 280, "03": 370, "04": 420, "05": 495, "06": 550}
-LENGTHS |= {"07": 415, "08": 445, "09": 360, "10": 455, "11": 540, "12": 410}
 PACKAGES = {"matplotlib", "numpy", "PIL", "scipy", "seaborn", "sklearn", "torch", "torchvision", "tqdm"}
 ABOVE = ["MEAN", "STD", "SimpleCNN", "normalize", "train_one_epoch"]
 ABOVE += ["evaluate", "split_train_val", "log_epoch", "save_checkpoint", "load_checkpoint"]
 BELOW = ["LESSON", "HYPERPARAMETERS", "ROOT", "MIRRORS", "load_data", "create_folder", "parse_args"]
-UNMARKED = {"LESSON", "quote", "os.environ"}
+UNMARKED = {"LESSON", "os.environ"}
 
 
 def strip_marks(text):
@@ -159,11 +156,6 @@ def test_lines_that_a_loop_shares_with_the_earlier_lesson_keep_their_order(name,
     assert [line for line in before if line in shared] == [line for line in after if line in shared]
 
 
-def test_the_network_is_the_same_text_in_all_lessons_but_one():
-    """Lesson 09 varies it."""
-    assert len({parts(number)["SimpleCNN"] for number in NUMBERS if number != "09"}) == 1
-
-
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_parts_of_a_lesson_have_one_order(number):
     """Docstring, imports, network, loops, the lesson's own parts, main(), and below the divider what never changes."""
@@ -208,18 +200,6 @@ def test_a_lesson_has_the_flags_of_the_earlier_ones(lessons, number):
         assert different == {flag for flag, lesson in listed if lesson == number}
 
 
-def test_all_lessons_begin_with_the_same_network(lessons):
-    """For one seed, the weights and the predictions are the same bit for bit."""
-    images, results = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
-    for lesson in lessons.values():
-        torch.manual_seed(42)
-        model = lesson.SimpleCNN()
-        results.append((model.state_dict(), model(images)))
-    for weights, logits in results[1:]:
-        assert all(torch.equal(weights[name], results[0][0][name]) for name in weights)
-        assert torch.equal(logits, results[0][1])
-
-
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_last_lines_are_the_same(number):
     """Ctrl-C ends a lesson without a traceback. Lessons that can be resumed say how."""
@@ -237,18 +217,10 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_lessons_stay_short(number):
-    """A lesson, its lines and its main() have at most so many lines or characters."""
+    """At most 550 lines of 110 characters, and 45 of them in main()."""
     lines = SOURCES[number].splitlines()
-    main = next(node for node in ast.parse(SOURCES[number]).body if getattr(node, "name", "") == "main")
-    assert len(lines) <= LENGTHS[number] and main.end_lineno - main.lineno < 45
-    assert [line for line in lines if len(line) > 110] == []
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-def test_comments_explain_without_drowning_the_code(number):
-    """Between 10 and 30 % of the lines have a comment."""
-    lines = [line for line in SOURCES[number].splitlines() if line.strip()]
-    assert 0.10 <= sum("# " in line for line in lines) / len(lines) <= 0.30
+    assert len(lines) <= 550 and max(map(len, lines)) <= 110
+    assert len(parts(number)["main"].splitlines()) <= 45
 
 
 @pytest.mark.parametrize("number", NUMBERS)

@@ -138,7 +138,7 @@ def train(args, train_set, val_set, class_names):
     run_dir = args.output_dir / "tensor_board" / LESSON / args.run
     run_dir.mkdir(parents=True)  # an error if another run has started in the same second
     with SummaryWriter(run_dir) as writer:
-        # Two spaces and a line break make a new line in Markdown.
+        # TensorBoard shows text as Markdown, where two spaces before a line break begin a new line.
         writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
         for epoch in range(1, args.epochs + 1):
             start = time.perf_counter()
@@ -187,7 +187,7 @@ def show_modes(model, images, device):
     )
     for mode in ["train", "eval"]:
         model.train(mode == "train")  # model.train(False) is the same as model.eval()
-        model.dropout.p = 0.5  # this lesson trains without dropout; it is on only for this line
+        model.dropout.p = 0.5  # this lesson trains without dropout; it is on only for the next line
         by_dropout = (model(inputs) - model(inputs)).abs().max()
         model.dropout.p = 0.0
         by_batch = (model(inputs)[:4] - model(inputs[:4])).abs().max()  # among all images, and among four

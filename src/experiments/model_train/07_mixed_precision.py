@@ -162,7 +162,7 @@ def make_variant(args, name, train_set, class_names):
     run_dir = args.output_dir / "tensor_board" / LESSON / name / args.run
     run_dir.mkdir(parents=True)  # an error if another run has started in the same second
     writer = SummaryWriter(run_dir)
-    # Two spaces and a line break make a new line in Markdown.
+    # TensorBoard shows text as Markdown, where two spaces before a line break begin a new line.
     writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
     return SimpleNamespace(
         model=model,

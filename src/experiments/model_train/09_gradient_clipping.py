@@ -176,7 +176,7 @@ def train(args, danger, remedy, clipping, limit, lr, train_set, val_set, class_n
     run_dir = args.output_dir / "tensor_board" / LESSON / variant / args.run
     run_dir.mkdir(parents=True)  # an error if another run has started in the same second
     with SummaryWriter(run_dir) as writer:
-        # Two spaces and a line break make a new line in Markdown.
+        # TensorBoard shows text as Markdown, where two spaces before a line break begin a new line.
         writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
         for epoch in range(1, args.epochs + 1):
             start = time.perf_counter()

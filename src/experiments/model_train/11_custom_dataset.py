@@ -291,7 +291,7 @@ def train(args, name, train_set, val_set, class_names, mean, std):
     run_dir = args.output_dir / "tensor_board" / LESSON / name / args.run
     run_dir.mkdir(parents=True)  # an error if another run has started in the same second
     with SummaryWriter(run_dir) as writer:
-        # Two spaces and a line break make a new line in Markdown.
+        # TensorBoard shows text as Markdown, where two spaces before a line break begin a new line.
         writer.add_text("Hyperparameters", "  \n".join(f"{k}: {v}" for k, v in vars(args).items()))
         for epoch in range(1, args.epochs + 1):
             start = time.perf_counter()
@@ -469,12 +469,8 @@ def make_pictures(args):
         for group, image in enumerate(images[labels == label][:groups]):
             picture = Image.fromarray(image.permute(1, 2, 0).numpy())
             for shot in range(1, 5):
-                x, y, width, height = (
-                    rng.randrange(5),
-                    rng.randrange(5),
-                    rng.randrange(24, 28),
-                    rng.randrange(24, 28),
-                )
+                x, y = rng.randrange(5), rng.randrange(5)
+                width, height = rng.randrange(24, 28), rng.randrange(24, 28)
                 picked = picture.resize((4 * width, 4 * height), box=(x, y, x + width, y + height))
                 picked = ImageEnhance.Brightness(picked).enhance(rng.uniform(0.7, 1.3))
                 kind, exif = rng.choice(["plain", "plain", "turned", "grey"]), Image.Exif()
