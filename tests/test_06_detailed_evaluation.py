@@ -117,6 +117,8 @@ def test_calibration_error_of_the_hand_worked_example(lesson, four):
     assert np.allclose(metrics["calibration_bins"], [(0.62, 0, 1), (0.82, 1, 1), (0.935, 0.5, 2)], atol=1e-5)
     expected = 1 / 4 * 0.62 + 1 / 4 * abs(0.82 - 1) + 2 / 4 * abs(0.935 - 0.5)
     assert metrics["expected_calibration_error"] == pytest.approx(expected, abs=1e-5)
+    _, bins = lesson.measure_calibration(torch.tensor([0.95, 1.0]), torch.tensor([0.0, 1.0]))
+    assert bins == [(pytest.approx(0.975), 0.5, 2)], "a confidence of 1 belongs to the last bin"
 
 
 @pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")

@@ -44,7 +44,7 @@ def one_step(lesson, images, dtype, loss_fn, scale=65_536.0, lr=0.1):
 def test_the_forward_pass_and_the_loss_are_autocast_but_not_the_backward_pass(
     lesson, images, name, monkeypatch
 ):
-    """Validation too. Losses and weights are float32 in every precision."""
+    """Validation too. Losses are float32 in every precision."""
     forward, backward, cross_entropy = [], [], F.cross_entropy
 
     def watch(logits, labels):
@@ -59,7 +59,6 @@ def test_the_forward_pass_and_the_loss_are_autocast_but_not_the_backward_pass(
     model, *_ = one_step(lesson, images, dtype, watch)
     lesson.evaluate(model, DataLoader(TensorDataset(*images[:4]), 4), "cpu", dtype)
     assert forward == [(getattr(torch, name), torch.float32, name != "float32")] * 2 and backward == [False]
-    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
 def test_a_step_with_an_infinite_gradient_is_skipped_and_halves_the_scale(lesson, images):
@@ -78,7 +77,7 @@ def test_gradients_are_clipped_after_the_scale_is_undone(lesson, images, monkeyp
 
 
 def test_the_precision_is_the_only_difference_between_the_variants(lesson, images, tmp_path):
-    """They start from the same weights and see the same batches. Only float16 has a scaler."""
+    """They start from the same weights and see the same batches."""
     args = lesson.parse_args(["--device", "cpu", "--batch-size", "4", "--output-dir", str(tmp_path)])
     args.epochs, variants = 1, []
     for name in NAMES:
@@ -90,7 +89,6 @@ def test_the_precision_is_the_only_difference_between_the_variants(lesson, image
     weights = [flatten(variant.model) for variant in variants]
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
     assert [variant.dtype for variant in variants] == [getattr(torch, name) for name in NAMES]
-    assert [variant.scaler.is_enabled() for variant in variants] == [False, False, True]
 
 
 # A run
@@ -111,6 +109,7 @@ def run(tmp_path_factory):
     lesson, folder, calls = load_lesson("07"), tmp_path_factory.mktemp("run"), {}
     seconds = [phase[name][epoch] for epoch in [0, 1] for name in NAMES for phase in [TRAIN, VAL]]
     clock = iter([reading for end in seconds for reading in [0.0, end]])  # each duration is measured from 0
+    (folder / "artifacts").mkdir()  # of an earlier run
     with pytest.MonkeyPatch.context() as patch:
         draw_nothing(patch, [lesson])
         patch.setattr(lesson, "MAX_NORM", 0.5)  # less than most norms, so that clipping matters

@@ -1,6 +1,7 @@
 """Lesson 10: what a variant takes over and what it freezes, and on which images everything is chosen and measured."""
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -134,7 +135,7 @@ def test_every_number_of_labelled_images_gets_the_same_number_of_steps(lesson, m
 def test_metrics_are_weighted_by_images(lesson, images):
     """The last batch of 4 counts half as much as the two batches of 8 before it."""
     torch.manual_seed(0)
-    model, loader = lesson.SimpleCNN(), DataLoader(images, 8)
+    model, loader = lesson.SimpleCNN().eval(), DataLoader(images, 8)
 
     def by_hand(model):
         batches = [(model(lesson.normalize(batch)), labels) for batch, labels in loader]
@@ -145,7 +146,7 @@ def test_metrics_are_weighted_by_images(lesson, images):
     expected = by_hand(copy.deepcopy(model).train())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # no learning, so that the reference holds
     assert lesson.train_one_epoch(model, loader, nn.CrossEntropyLoss(), optimizer, "cpu") == expected
-    result = lesson.evaluate(model, loader, "cpu")
+    result = lesson.evaluate(model.train(), loader, "cpu")
     assert result == by_hand(model.eval())
 
 
@@ -158,6 +159,7 @@ def test_pretraining_is_training_on_a_cosine_of_which_the_best_epoch_is_kept(les
     monkeypatch.setattr(lesson, "evaluate", lambda *_: (1.0, next(accuracies)))
     flags = ["--epochs", "4", "--batch-size", "24", "--lr", "0.03", "--seed", "3", "--device", "cpu"]
     args = lesson.parse_args([*flags, "--output-dir", str(tmp_path)])
+    monkeypatch.setattr(lesson, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     weights = lesson.train(args, task, task, list("abc"))
     torch.manual_seed(3)
     expected = lesson.SimpleCNN(3)
@@ -166,8 +168,9 @@ def test_pretraining_is_training_on_a_cosine_of_which_the_best_epoch_is_kept(les
     assert weights["conv1.weight"].is_contiguous(memory_format=torch.channels_last), "faster on CPUs"
     [events] = (tmp_path / "tensor_board" / lesson.LESSON / "pretraining").iterdir()
     curves = read_scalars(events)
-    assert [step for step, _ in curves["Loss/train"]] == [1, 2, 3, 4]
-    assert [value for _, value in curves["Accuracy/val"]] == [30, 50, 50, 40]
+    assert curves["Accuracy/val"] == [(1, 30), (2, 50), (3, 50), (4, 40)]
+    assert curves["Seconds"] == [(1, 1), (2, 1), (3, 1), (4, 1)]
+    assert curves["LearningRate"][2] == (3, pytest.approx(0.015))
 
 
 def test_a_loss_that_is_not_finite_gets_one_sentence(lesson, tmp_path, monkeypatch):
@@ -206,6 +209,7 @@ def test_the_learning_rate_is_chosen_on_validation_images_only(lesson, monkeypat
         measured.append((variant, lr, seed, is_test))
         return 0.0, seed + lr if is_test else 50.0 - abs(lr - best[variant])
 
+    monkeypatch.setattr(lesson, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     monkeypatch.setattr(lesson, "LEARNING_RATES", rates)
     monkeypatch.setattr(lesson, "fit", fit)
     monkeypatch.setattr(lesson, "evaluate", evaluate)
@@ -217,7 +221,7 @@ def test_the_learning_rate_is_chosen_on_validation_images_only(lesson, monkeypat
         expected = [(variant, rate, 45, False) for rate in rates]
         expected += [(variant, lr, seed, True) for seed in [42, 43, 44]]
         assert [row for row in measured if row[0] == variant] == expected
-    line = "2 images per class | new_linear_layers | lr 0.02 | test acc 42.02, 43.02, 44.02 % | 0 s"
+    line = "2 images per class | new_linear_layers | lr 0.02 | test acc 42.02, 43.02, 44.02 % | 1 s"
     assert capsys.readouterr().out.splitlines()[2].split() == line.split()
 
 
@@ -225,19 +229,10 @@ def test_the_learning_rate_is_chosen_on_validation_images_only(lesson, monkeypat
 def run(tmp_path_factory):
     """A run of main() in which nothing is trained: what train() and compare() were given, and what it wrote."""
     lesson, run = load_lesson("10"), SimpleNamespace(folder=tmp_path_factory.mktemp("transfer"))
-
-    def train(args, *given):
-        run.old = given
-        return "pretrained weights"
-
-    def compare(args, *given):
-        run.new = given
-        return RESULTS
-
     with pytest.MonkeyPatch.context() as patch:
-        for function in [train, compare]:
-            patch.setattr(lesson, function.__name__, function)
-        patch.setattr(Figure, "savefig", lambda figure, path: setattr(run, "picture", (figure, path)))
+        patch.setattr(lesson, "train", lambda args, *given: vars(run).update(old=given) or "weights")
+        patch.setattr(lesson, "compare", lambda args, *given: vars(run).update(new=given) or RESULTS)
+        patch.setattr(Figure, "savefig", lambda figure, path: vars(run).update(picture=(figure, path)))
         run.output = run_lesson(lesson, run.folder, "--subset", 150, "--labels", 8, 4, 4, 5000)
     run.lesson, run.artifacts = lesson, run.folder / "artifacts"
     yield run
@@ -258,7 +253,7 @@ def test_old_and_new_classes_are_disjoint_halves_with_labels_from_0(run):
         chosen = (labels >= first) & (labels < first + 5)
         assert torch.equal(dataset.tensors[0], images[chosen])
         assert torch.equal(dataset.tensors[1], labels[chosen] - first)
-    assert old_names == names[:5] and weights == "pretrained weights"
+    assert old_names == names[:5] and weights == "weights"
     assert counts == [4, 8], "each number once, in order, and without 5,000"
 
 

@@ -61,10 +61,8 @@ def checkpoint_paths(lesson, number):
 def test_a_lesson_runs_from_beginning_to_end(finished, number, device):
     """From the line that names the device to the one that says where the results are."""
     output = finished(number, device).output
-    assert f"Device: {device}" in output and "digits: " in output
-    assert output.splitlines()[-1].startswith(
-        "Pictures in " if number == "01" else "Curves: tensorboard --logdir "
-    )
+    assert f"Device: {device}" in output
+    assert f"\n{'Pictures in ' if number == '01' else 'Curves: tensorboard --logdir '}" in output
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -74,10 +72,8 @@ def test_a_lesson_writes_the_promised_files_and_no_other(finished, lessons, numb
     written = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file()}
     assert all((run.folder / name).stat().st_size > 0 for name in written)
     events = {name for name in written if name.startswith("tensor_board/")}
-    made = {
-        name for name in written if name.startswith("artifacts/11_custom_dataset/")
-    }  # lesson 11's pictures
-    assert (len(made) > 100) == (number == "11")
+    made = {name for name in written if name.startswith("artifacts/11_custom_dataset/")}
+    assert (len(made) > 100) == (number == "11"), "lesson 11 makes pictures to learn from"
     promised = checkpoint_paths(lessons[number], number) + [f"{x}.png" for x in PICTURES.get(number, [])]
     promised += {"06": ["evaluation_report.json"], "10": ["transfer_learning.json"]}.get(number, [])
     assert written - events - made == {f"artifacts/{name}" for name in promised}
@@ -101,13 +97,14 @@ def test_pictures_are_named_and_complete_and_show_something(finished, number):
 
 
 @pytest.mark.parametrize("number", NUMBERS[1:])
-def test_tensorboard_knows_the_hyperparameters(finished, number):
+def test_tensorboard_knows_the_hyperparameters(finished, lessons, number):
     """Under Text, one in each line."""
-    events = EventAccumulator(str(next(finished(number).folder.rglob("events*")).parent))
+    folder = finished(number).folder / "tensor_board" / lessons[number].LESSON / VARIANTS[number][0]
+    events = EventAccumulator(str(next(folder.rglob("events*")).parent))
     events.Reload()
     [text] = events.Tensors("Hyperparameters/text_summary")
     lines = text.tensor_proto.string_val[0].decode().split("  \n")
-    assert {"seed: 42", "device: cpu", "data: digits"} <= set(lines)
+    assert "seed: 42" in lines and "data: digits" in lines
 
 
 @pytest.mark.parametrize("number", CORE)
