@@ -32,7 +32,6 @@ DRAW = {Figure: "savefig", SummaryWriter: "add_figure"}  # what takes long, and 
 ORIGINALS = {kind: getattr(kind, name) for kind, name in DRAW.items()}
 CPU = torch.device("cpu")
 JOBS = {}  # {name: function}, of in_background()
-FLAGS = ["--data", "digits", "--subset", "200", "--device", "cpu", "--batch-size", "64"]
 UNIX = pytest.mark.skipif(sys.platform == "win32", reason="needs the signals of Linux and macOS")
 QUICK = ["--data", "digits", "--epochs", "1", "--subset", "256", "--device", "cpu"]
 IMAGES = {"07": 64, "09": 64}  # 16 bits take long on some computers, and 48 runs on all; else 256
@@ -64,9 +63,8 @@ def load_quick_lesson(number):
     """Import a lesson from its file. Lesson 10 tries one learning rate here, and lesson 09 three dangers."""
     lesson = load_lesson(number)
     if number == "09":
-        lesson.DANGERS = {
-            name: lesson.DANGERS[name] for name in ["none", "images of nan", "BatchNorm, lr x 6"]
-        }
+        chosen = ["none", "images of nan", "BatchNorm, lr x 6"]
+        lesson.DANGERS = {danger: lesson.DANGERS[danger] for danger in chosen}
     if number == "10":
         lesson.LEARNING_RATES = [0.02]
     return lesson
@@ -110,11 +108,6 @@ def draw_nothing(patch, lessons):
     for lesson in lessons:
         for name in [name for name in vars(lesson) if name.startswith("plot_")]:
             patch.setattr(lesson, name, lambda *_: Figure())
-
-
-def one_variant(number):
-    """Return the flags with which lesson 04 trains one variant only, and none for the other lessons."""
-    return ["--schedulers", "Constant"] if number == "04" else []
 
 
 def folder_of(lesson, output_dir):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import load_lesson, read_scalars
-from conftest import draw_nothing, load_quick_lesson, run_lesson
+from conftest import assert_same_state, draw_nothing, load_quick_lesson, run_lesson
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -190,14 +190,14 @@ def test_all_runs_start_from_the_same_weights_and_see_the_same_batches(run):
         assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last), "faster on CPUs"
 
 
-def test_the_network_with_batchnorm_is_that_of_the_other_lessons(lessons):
-    """Bit for bit, with the same seed."""
-    models = []
+def test_the_network_with_batchnorm_is_that_of_the_other_lessons(lessons, images):
+    """Weights and predictions are equal bit for bit, with the same seed."""
+    networks = []
     for number in ["01", "09"]:
         torch.manual_seed(42)
-        models.append(lessons[number].SimpleCNN().state_dict())
-    assert models[0].keys() == models[1].keys()
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+        model = lessons[number].SimpleCNN()
+        networks.append([model(lessons[number].normalize(images.tensors[0])), dict(model.state_dict())])
+    assert_same_state(*networks)
 
 
 def test_tensorboard_has_the_norm_before_clipping_of_every_step(run):

@@ -12,7 +12,7 @@ import warnings
 import matplotlib.pyplot as plt
 import pytest
 import sklearn.datasets
-from conftest import NUMBERS, PATHS, QUICK, ROOT, TINY, UNIX, in_background, run_lesson
+from conftest import NUMBERS, PATHS, QUICK, ROOT, TINY, UNIX, in_background, no_group_left, run_lesson
 
 # What Python and its libraries will not do for ever; a warning from a lesson's own line is an error here.
 CHANGES = [FutureWarning, DeprecationWarning]
@@ -98,7 +98,7 @@ def test_ctrl_c_gives_one_line_and_status_1(tmp_path, monkeypatch, number):
 
     monkeypatch.setattr(sklearn.datasets, "load_digits", press_ctrl_c)
     monkeypatch.setattr(sys, "argv", ["lesson.py", *QUICK, "--output-dir", str(tmp_path)])
-    with pytest.raises((SystemExit, KeyboardInterrupt)) as error:
+    with no_group_left(), pytest.raises((SystemExit, KeyboardInterrupt)) as error:
         runpy.run_path(str(PATHS[number]), run_name="__main__")
     assert error.type is SystemExit
     assert error.value.code.startswith("\nStopped.") and error.value.code.count("\n") == 1

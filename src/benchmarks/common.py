@@ -1,5 +1,6 @@
-"""What the benchmarks share: a lesson as a module, the curves of a run, timing, the name of the machine."""
+"""What the benchmarks share: flags, a lesson as a module, the curves of a run, timing, the name of the machine."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -15,12 +16,24 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder that holds src/, docs/ and artifacts/
 LESSONS = ROOT / "src" / "experiments" / "model_train"
+LAUNCHER = "a Python script that runs the lesson and the flags given to it"
+PATHS = {path.name[:2]: path for path in sorted(LESSONS.glob("[01]*.py"))}  # "01" to "12"
+
+
+def make_parser():
+    """Return a parser of the flags that most benchmarks have: the data, and the file for the measurements."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="cifar10", help="as in the lessons")
+    add("--data-dir", type=Path, default=ROOT / "data", help="as in the lessons")
+    add("--data-name", default="CIFAR-10", help="what the tables call the data")
+    add("--json", type=Path, metavar="PATH", help="write the measurements to this file")
+    return parser
 
 
 def load_lesson(number):
     """Import a lesson, "01" to "12", from its file; its name begins with a digit, so `import` cannot."""
-    path = next(LESSONS.glob(f"{number}_*.py"))
-    spec = importlib.util.spec_from_file_location(f"lesson_{number}", path)
+    spec = importlib.util.spec_from_file_location(f"lesson_{number}", PATHS[number])
     lesson = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(lesson)
     return lesson
@@ -35,12 +48,14 @@ def read_scalars(run_dir):
 
 
 def read_json(path, default=None):
-    """Return what a JSON file holds, or the default if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+    """Return what a JSON file holds, or the default if there is no such file, or no path."""
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else default
 
 
 def write_json(path, content):
-    """Write a dict or list into a file in one step, so that a crash cannot leave half of it."""
+    """Write a dict or list into a file, if there is a path. In one step, so that a crash cannot leave half of it."""
+    if path is None:
+        return
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)

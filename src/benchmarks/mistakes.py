@@ -6,14 +6,13 @@ Each mistake is made in a copy of the lesson, which is run with the flags of its
 file holds of the other lessons stays.
 """
 
-import argparse
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from common import LESSONS, ROOT, describe_machine, read_json, write_json
+from common import LAUNCHER, PATHS, describe_machine, make_parser, read_json, write_json
 from tqdm import tqdm
 
 SEED = 42
@@ -22,8 +21,8 @@ FLAGS = {
     "04": "--schedulers CosineAnnealingLR --subset 5000 --epochs 6",
     "05": "--subset 5000 --epochs 5",
 }
-NONE = ("", "")
 # What each mistake changes in the lesson's source, from and to; a wrong learning rate needs a flag only.
+NONE = ("", "")
 MISTAKES = {
     "01": {
         "none": NONE,
@@ -54,16 +53,14 @@ MISTAKES = {
         ),
     },
 }
-VARIANT = r"(?P<variant>\w+):$"
-EPOCH = r"Epoch .*train loss (?P<train_loss>[\d.]+), acc +(?P<train_accuracy>[\d.]+) %"
-VALIDATION = r"(?:.*val loss [\d.]+, acc +(?P<val_accuracy>[\d.]+) %)?"
+CURVES = ["train_loss", "train_accuracy", "val_accuracy"]
+# A line with the name of a variant, or with the metrics of an epoch; lesson 01 has no validation.
+LINE = r"^(\w+):$|^Epoch .*train loss ([\w.]+), acc +([\d.]+) %(?:.*val loss [\w.]+, acc +([\d.]+) %)?"
 
 
 def with_mistake(source, old, new):
     """Return the source of a lesson with its one place that reads old changed to new."""
-    if (old, new) == NONE:
-        return source
-    if source.count(old) != 1:
+    if old and source.count(old) != 1:
         raise ValueError(f"{old!r} is not exactly once in the lesson.")
     return source.replace(old, new)
 
@@ -71,27 +68,25 @@ def with_mistake(source, old, new):
 def curves(output):
     """Return what a lesson printed, {variant: {curve: [a value per epoch]}}; without variants, the key is ""."""
     found, variant = {}, ""
-    for line in re.finditer(f"^(?:{VARIANT}|{EPOCH}{VALIDATION})", output, flags=re.MULTILINE):
-        if line["variant"]:
-            variant = line["variant"]
-            continue
-        for curve in ["train_loss", "train_accuracy", "val_accuracy"]:
-            if line[curve]:
-                found.setdefault(variant, {}).setdefault(curve, []).append(float(line[curve]))
+    for name, *values in re.findall(LINE, output, flags=re.MULTILINE):
+        variant = name or variant
+        for curve, value in zip(CURVES, values, strict=True):
+            if value:
+                found.setdefault(variant, {}).setdefault(curve, []).append(float(value))
     return found
 
 
 def run(number, mistake, args):
     """Run a lesson with a mistake, in a process of its own. Return its curves()."""
-    lesson = next(LESSONS.glob(f"{number}_*.py"))
+    lesson = PATHS[number]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / lesson.name
         source = with_mistake(lesson.read_text(encoding="utf-8"), *MISTAKES[number][mistake])
         copy.write_text(source, encoding="utf-8")
-        command = [sys.executable, *([str(args.launcher)] if args.launcher else []), str(copy)]
-        command += FLAGS[number].split() + (mistake.split() if mistake[0] == "-" else [])
+        command = [sys.executable, *([args.launcher] if args.launcher else []), copy, *FLAGS[number].split()]
+        command += mistake.split() if mistake.startswith("--") else []
         command += ["--seed", str(SEED), "--output-dir", folder, "--data", args.data]
-        command += ["--data-dir", str(args.data_dir.resolve())]
+        command += ["--data-dir", args.data_dir.resolve()]
         process = subprocess.run(command, capture_output=True, encoding="utf-8")
     if process.returncode != 0:
         sys.exit(f"{lesson.name} with the mistake {mistake!r} failed:\n{process.stderr}")
@@ -100,21 +95,15 @@ def run(number, mistake, args):
 
 def build_parser():
     """Return the parser of this command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--lessons", nargs="+", choices=list(MISTAKES), default=list(MISTAKES), help="whose mistakes")
-    add("--data", default="cifar10", help="as in the lessons")
-    add("--data-dir", type=Path, default=ROOT / "data", help="as in the lessons")
-    add("--data-name", default="CIFAR-10", help="what the file calls the data")
-    add("--json", type=Path, metavar="PATH", help="write the measurements to this file")
-    add("--launcher", type=Path, help="a Python script that runs the lesson and the flags given to it")
+    parser, names = make_parser(), list(MISTAKES)
+    parser.add_argument("--lessons", nargs="+", choices=names, default=names, help="whose mistakes")
+    parser.add_argument("--launcher", type=Path, help=LAUNCHER)
     return parser
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
-    report = read_json(args.json, {}) if args.json else {}
-    report |= {"machine": describe_machine(), "data": args.data_name, "seed": SEED}
+    report = read_json(args.json, {}) | {"machine": describe_machine(), "data": args.data_name, "seed": SEED}
     report |= {number: {"flags": FLAGS[number]} for number in args.lessons}
     todo = [(number, mistake) for number in args.lessons for mistake in MISTAKES[number]]
     for number, mistake in tqdm(todo, unit="run", disable=None):
@@ -125,8 +114,7 @@ def main(argv=None):
             for variant, found in report[number][mistake].items():
                 last = ", ".join(f"{curve.split('_')[0]} {found[curve][-1]:.2f}" for curve in list(found)[1:])
                 print(f"  {mistake:24} {variant:30} {last}")
-    if args.json:
-        write_json(args.json, report)
+    write_json(args.json, report)
 
 
 if __name__ == "__main__":

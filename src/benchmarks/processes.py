@@ -7,7 +7,6 @@ one thread each, then one process with one thread, round by round. The rate is t
 the first one includes what happens only once.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import LESSONS, ROOT, describe_machine, spread, write_json
+from common import LAUNCHER, PATHS, describe_machine, make_parser, spread, write_json
 from tables import processes_table
 from tqdm import tqdm
 
@@ -25,11 +24,10 @@ def train(processes, threads, args):
     """Train for two epochs in that many processes. Return the second epoch's images per second."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else [])]
-    command += [str(args.launcher)] if args.launcher else []
+    command += [args.launcher] if args.launcher else []
     with tempfile.TemporaryDirectory() as folder:
-        command += [str(next(LESSONS.glob("12_*.py"))), "--epochs", "2", "--subset", str(args.subset)]
-        command += ["--device", "cpu", "--data", args.data, "--data-dir", str(args.data_dir)]
-        command += ["--output-dir", folder]
+        command += [PATHS["12"], "--epochs", "2", "--subset", str(args.subset), "--device", "cpu"]
+        command += ["--data", args.data, "--data-dir", args.data_dir, "--output-dir", folder]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         process = subprocess.run(command, env=environment, capture_output=True, text=True)
         if process.returncode != 0:
@@ -40,16 +38,12 @@ def train(processes, threads, args):
 
 def build_parser():
     """Return the parser of this command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = make_parser()
     add = parser.add_argument
     add("--processes", type=int, default=2, help="processes, and threads of the one they are compared with")
     add("--rounds", type=int, default=5, help="how often each way is measured")
     add("--subset", type=int, default=10_000, help="as in lesson 12")
-    add("--data", default="cifar10", help="as in lesson 12")
-    add("--data-dir", type=Path, default=ROOT / "data", help="as in lesson 12")
-    add("--data-name", default="CIFAR-10", help="what the tables call the data")
-    add("--launcher", type=Path, help="a Python script that runs the lesson and the flags given to it")
-    add("--json", type=Path, metavar="PATH", help="write the measurements to this file")
+    add("--launcher", type=Path, help=LAUNCHER)
     return parser
 
 
@@ -67,8 +61,7 @@ def main(argv=None):
     report["images_per_second"] = {way: spread(row) for way, row in rates.items()}
     report["ratio"] = {way: spread(row / first) for way, row in rates.items()}
     print(processes_table(report))
-    if args.json:
-        write_json(args.json, report)
+    write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,12 @@ A run that is in the file is not repeated, so the command can be stopped and sta
 --untimed: the accuracies do not depend on it, but the seconds do.
 """
 
-import argparse
 import itertools
 import sys
 import time
-from pathlib import Path
 
 import torch
-from common import ROOT, describe_machine, load_lesson, read_json, write_json
+from common import describe_machine, load_lesson, make_parser, read_json, write_json
 from tables import optimizers_table
 from torch import nn
 from torch.optim import lr_scheduler
@@ -74,11 +72,11 @@ def make_scheduler(name, optimizer, lr, epochs, batches):
         return lr_scheduler.OneCycleLR(optimizer, max_lr=lr, epochs=epochs, steps_per_epoch=batches)
     if name == "warm-up, linear":
         return lr_scheduler.LambdaLR(optimizer, lambda done: min((done + 1) / 3, 1 - done / epochs))
-    if name == "cosine":
-        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-    warm_up = lr_scheduler.LinearLR(optimizer, start_factor=1 / 3, total_iters=2)
-    cosine = lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-    return lr_scheduler.ChainedScheduler([warm_up, cosine])
+    schedulers = []
+    if name == "warm-up, cosine":
+        schedulers.append(lr_scheduler.LinearLR(optimizer, start_factor=1 / 3, total_iters=2))
+    schedulers.append(lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs))
+    return lr_scheduler.ChainedScheduler(schedulers)
 
 
 def train(lesson, recipe, images, labels, data, seed):
@@ -116,18 +114,14 @@ def train(lesson, recipe, images, labels, data, seed):
 
 def build_parser():
     """Return the parser of this command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = make_parser()
     add = parser.add_argument
     add("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="what is compared")
     add("--seeds", type=int, nargs="+", default=[42, 43, 44], help="one run of each recipe for each of them")
     add("--lr", type=float, nargs="+", help="learning rates to try; the recipe's own if not given")
     add("--epochs", type=int, help="the recipe's own if not given")
     add("--subset", type=int, help="the recipe's own if not given")
-    add("--data", default="cifar10", help="as in the lessons")
-    add("--data-dir", type=Path, default=ROOT / "data", help="as in the lessons")
-    add("--data-name", default="CIFAR-10", help="what the tables call the data")
     add("--untimed", action="store_true", help="keep no times, because the machine has other things to do")
-    add("--json", type=Path, metavar="PATH", help="add the runs to this file")
     return parser
 
 
@@ -135,7 +129,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     lesson = load_lesson("05")  # with transform=None, its train_one_epoch() is that of lesson 04
     images, labels, _, data = lesson.load_data(args.data, args.data_dir, train=True)
-    runs = read_json(args.json, []) if args.json else []
+    runs = read_json(args.json, [])
     order, new = list(RECIPES), []
     wanted = list(itertools.product(args.seeds, args.recipes, args.lr or [None]))
     for seed, name, lr in tqdm(wanted, unit="run", disable=None):
@@ -151,8 +145,7 @@ def main(argv=None):
         run |= {"date": time.strftime("%Y-%m-%d"), "data": args.data_name, "machine": describe_machine()}
         new.append(run)
         runs = sorted([*runs, run], key=lambda run: (order.index(run["recipe"]), run["lr"], run["seed"]))
-        if args.json:
-            write_json(args.json, runs)
+        write_json(args.json, runs)
     print(optimizers_table(new))
 
 

@@ -20,52 +20,58 @@ import sys
 import time
 from pathlib import Path
 
-from common import LESSONS, ROOT, describe_machine, read_json, read_scalars, write_json
+from common import LAUNCHER, PATHS, ROOT, describe_machine, read_json, read_scalars, write_json
 from tqdm import tqdm
 
 RESULTS = ROOT / "docs" / "results.json"
-# How many seeds of each lesson; lesson 03 trains exactly as lesson 02
-SEEDS = {f"{number:02}": 3 for number in range(1, 13)} | {"01": 1, "03": 1}
-RUN = re.compile(r"\d{8}-\d{6}")  # the name of a run in TensorBoard, such as 20261128-024000
+# How many seeds of each lesson; lesson 03 trains exactly as lesson 02, and lesson 10 repeats everything by itself
+SEEDS = {f"{number:02}": 3 for number in range(1, 13)} | {"01": 1, "03": 1, "10": 1}
 
 
 def collect(number, folder):
     """Read the metrics of a finished run from its output folder. Accuracies in percent, gaps in points.
 
     Return {variant: metrics}; a lesson that trains one network has the single variant "". A variant is named by
-    the folders of its curves, tensor_board/<lesson>/<variant>/<run>.
+    the folder of its curves, tensor_board/<lesson>/<variant>/<run>.
     """
     output = (folder / "output.txt").read_text(encoding="utf-8")
+
+    def printed(pattern):
+        return re.findall(pattern, output, flags=re.MULTILINE)
+
     if number == "01":  # prints its metrics, and writes no others
-        return {"": {"train_accuracy": float(re.findall(r"train loss .*acc +([\d.]+) %", output)[-1])}}
-    variants = {}
-    tensor_board = folder / "tensor_board"
+        return {"": {"train_accuracy": float(printed(r"train loss .*acc +([\d.]+) %")[-1])}}
+    if number == "10":  # the accuracies of a variant, by the number of labelled images per class
+        return {
+            f"{variant}_{count}": {"test_accuracy": sum(draws) / len(draws), "draws": draws}
+            for variant, rows in read_json(folder / "artifacts" / "transfer_learning.json").items()
+            for count, draws in rows.items()
+        }
+    variants, tensor_board = {}, folder / "tensor_board"
     for run_dir in sorted({path.parent for path in tensor_board.rglob("events.out.tfevents.*")}):
         curves = read_scalars(run_dir)
-        if "Accuracy/val" not in curves:  # pictures only, no training
-            continue
         points = curves["Accuracy/val"]
         if number == "09":  # where some runs lose what they have learned: what the last epoch has left of it
             points = points[-1:]
         best_epoch, val_accuracy = max(points, key=lambda point: point[1])  # the first of equal ones
-        parts = run_dir.relative_to(tensor_board).parts[1:]
-        variants["/".join(part for part in parts if not RUN.fullmatch(part))] = {
+        variants["/".join(run_dir.relative_to(tensor_board).parts[1:-1])] = {
             "val_accuracy": val_accuracy,
             "best_epoch": best_epoch,
             "epochs": len(curves["Accuracy/val"]),
             "gap": curves["Overfitting/accuracy_gap"][-1][1],
         }
     if number == "05":  # of the best model, without augmentation: see measure_gaps() in the lesson
-        gaps = r"^  (\w+) +training .*, gap +(-?[\d.]+) points$"
-        for variant, gap in re.findall(gaps, output, flags=re.MULTILINE):
+        for variant, gap in printed(r"^  (\w+) +training .*, gap +(-?[\d.]+) points$"):
             variants[variant]["gap"] = float(gap)
     if number == "06":
         del variants[""]["gap"]  # its training images are augmented, so harder than the validation images
         report = read_json(folder / "artifacts" / "evaluation_report.json")
-        variants[""]["test_accuracy"] = 100 * report["accuracy"]
-        variants[""]["top_3_accuracy"] = 100 * report["top_k"]["3"]
-        variants[""]["mean_confidence"] = 100 * report["mean_confidence"]
-        variants[""]["calibration_error"] = 100 * report["expected_calibration_error"]
+        variants[""] |= {
+            "test_accuracy": 100 * report["accuracy"],
+            "top_3_accuracy": 100 * report["top_k"]["3"],
+            "mean_confidence": 100 * report["mean_confidence"],
+            "calibration_error": 100 * report["expected_calibration_error"],
+        }
     if number == "08":  # what each rule would have made of the run
         rule = r"^  (\w+/val) +(\d+) +([\d.]+) +(?:epoch +(\d+)|not in +\d+) +(\d+) +(\d+) epochs .* ([\d.]+) points$"
         variants[""]["rules"] = {
@@ -75,18 +81,10 @@ def collect(number, folder):
                 "saved_epochs": int(saved),
                 "lost_points": float(lost),
             }
-            for metric, patience, min_delta, stop, epoch, saved, lost in re.findall(
-                rule, output, flags=re.MULTILINE
-            )
-        }
-    if number == "10":  # the accuracies of a variant, by the number of labelled images per class
-        variants = {
-            f"{variant}_{count}": {"test_accuracy": sum(draws) / len(draws), "draws": draws}
-            for variant, rows in read_json(folder / "artifacts" / "transfer_learning.json").items()
-            for count, draws in rows.items()
+            for metric, patience, min_delta, stop, epoch, saved, lost in printed(rule)
         }
     if number == "11":
-        for split, accuracy in re.findall(r"^  (\w+) +[\d.]+ % +([\d.]+) %$", output, flags=re.MULTILINE):
+        for split, accuracy in printed(r"^  (\w+) +[\d.]+ % +([\d.]+) %$"):
             variants[split]["test_accuracy"] = float(accuracy)
     return variants
 
@@ -98,18 +96,18 @@ def can_resume(lesson, folder):
 
 def run(number, seed, args):
     """Run a lesson in a process of its own. Return its entry for docs/results.json."""
-    lesson = next(LESSONS.glob(f"{number}_*.py"))
+    lesson = PATHS[number]
     folder = args.work_dir / f"{lesson.stem}_seed_{seed}"
-    flags = ["--seed", str(seed), "--output-dir", str(folder), "--data", "cifar10"]
-    if args.data_dir:
-        flags += ["--data-dir", str(args.data_dir)]
+    flags = ["--seed", str(seed), "--output-dir", folder, "--data", "cifar10"]
+    flags += ["--data-dir", args.data_dir] if args.data_dir else []
+    flags += ["--run-all-epochs"] if number == "08" else []  # so that its rules can be compared
     resumed = can_resume(lesson.stem, folder)
     if resumed:
         flags += ["--resume"]
     elif folder.exists():
         shutil.rmtree(folder)  # what a stopped run left behind
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-u", *([str(args.launcher)] if args.launcher else []), str(lesson), *flags]
+    command = [sys.executable, "-u", *([args.launcher] if args.launcher else []), lesson, *flags]
     start = time.perf_counter()
     with open(folder / "output.txt", "a", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -143,10 +141,11 @@ def build_parser():
     add("--first-seed", type=int, default=42, help="the seeds are this one and those that follow")
     add("--data-dir", type=Path, help="folder of CIFAR-10; the lessons' own default if it is not given")
     add("--data-name", default="CIFAR-10", help="what the tables call the data")
-    work_dir = ROOT / "artifacts" / "results"
-    add("--work-dir", type=Path, default=work_dir, help="folder for what the runs write")
+    add(
+        "--work-dir", type=Path, default=ROOT / "artifacts" / "results", help="folder for what the runs write"
+    )
     add("--untimed", action="store_true", help="keep no times, because the machine has other things to do")
-    add("--launcher", type=Path, help="a Python script that runs the lesson and the flags given to it")
+    add("--launcher", type=Path, help=LAUNCHER)
     return parser
 
 

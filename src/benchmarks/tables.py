@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-from common import LESSONS, ROOT, machine_in_words, read_json
+from common import LESSONS, PATHS, ROOT, machine_in_words, read_json
 
 GUIDES = sorted([*ROOT.glob("*.md"), *LESSONS.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
@@ -27,6 +27,8 @@ NAMES = {
     "fine_tuned_50": "fine-tuned, 50 images per class",
     "by_group": "split by group",
 }
+# The first of these that a lesson has an accuracy of is the one that counts
+SPLITS = {"test": "test", "val": "validation", "train": "training"}
 # Of lesson 09, as in its DANGERS and its table
 DANGERS = ["none", "lr x 4", "images x 255", "images of nan", "BatchNorm, none", "BatchNorm, lr x 6"]
 REMEDIES = ["none", "norm 50 %", "norm 90 %", "norm 99 %", "value 50 %", "value 90 %", "value 99 %", "lr / 4"]
@@ -38,7 +40,7 @@ def words(language):
     def say(name):
         if language == "en":
             return name
-        return CHINESE.get(name) or "".join(CHINESE[part] for part in re.split("(, |: | / )", name))
+        return CHINESE.get(name) or "".join(CHINESE[part] for part in re.split(r"(, |: | / | \| )", name))
 
     return say
 
@@ -57,24 +59,26 @@ def median_and_range(figures, digits=0):
     return f"{figures['median']:,.{digits}f} ({figures['min']:,.{digits}f} - {figures['max']:,.{digits}f})"
 
 
+def listed(values, digits=None):
+    """Return all values as text."""
+    return ", ".join(str(value) if digits is None else f"{value:.{digits}f}" for value in values)
+
+
 def median_and_each(values):
     """Return the median and every value as text. None, shown as "-", stands for more than any number."""
     values = [float("inf") if value is None else value for value in values]
-    median, *each = [
-        "-" if value == float("inf") else f"{value:.1f}" for value in [np.median(values), *values]
-    ]
-    return f"{median} ({', '.join(each)})"
+    return f"{np.median(values):.1f} ({listed(values, 1)})".replace("inf", "-")
 
 
 def table(header, rows):
-    """Return a Markdown table; header and rows hold texts."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in [header, *rows]]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+    """Return a Markdown table. header: the names of the columns with " | " between them; rows: lists of texts."""
+    first, *others = [f"| {row} |" for row in [header, *map(" | ".join, rows)]]
+    return "\n".join([first, "|" + "---|" * len(header.split(" | ")), *others])
 
 
 def pick(results, number):
     """Return the entries of one lesson, by seed."""
-    return sorted((entry for entry in results if entry["lesson"] == number), key=lambda entry: entry["seed"])
+    return sorted([entry for entry in results if entry["lesson"] == number], key=lambda entry: entry["seed"])
 
 
 def by_variant(entries, metric):
@@ -84,12 +88,13 @@ def by_variant(entries, metric):
 
 def headline(entries, say):
     """Return the accuracy that stands for a lesson, as text: of its best variant, or of that in HEADLINES."""
-    number = entries[0]["lesson"]
-    tested = dict.fromkeys(["06", "10", "11"], ("test", "test"))
-    split, split_name = ({"01": ("train", "training")} | tested).get(number, ("val", "validation"))
+    metrics = next(iter(entries[0]["arms"].values()))
+    split = next(split for split in SPLITS if f"{split}_accuracy" in metrics)
     accuracy = by_variant(entries, f"{split}_accuracy")
-    best = HEADLINES.get(number) or max(accuracy, key=lambda name: statistics.mean(accuracy[name]))
-    text = say(f"{{}} % on {split_name} images").format(mean_and_spread(accuracy[best], 1))
+    best = HEADLINES.get(entries[0]["lesson"]) or max(
+        accuracy, key=lambda name: statistics.mean(accuracy[name])
+    )
+    text = say(f"{{}} % on {SPLITS[split]} images").format(mean_and_spread(accuracy[best], 1))
     if not best:  # a lesson with a single variant
         return text
     return text + say(", ") + (say(NAMES[best]) if best in NAMES else best)
@@ -125,18 +130,12 @@ def runs_table(results, say):
         entries = pick(results, number)
         variants = list(entries[0]["arms"])
         gaps = [entry["arms"][variants[0]].get("gap") for entry in entries]
+        gap = mean_and_spread(gaps, 1) if len(variants) == 1 and None not in gaps else "-"
+        time = duration([entry["seconds"] for entry in entries], say)
         memory = [entry["peak_memory_bytes"] for entry in entries if entry["peak_memory_bytes"]]
-        rows.append(
-            [
-                number,
-                headline(entries, say),
-                mean_and_spread(gaps, 1) if len(variants) == 1 and None not in gaps else "-",
-                duration([entry["seconds"] for entry in entries], say),
-                f"{max(memory) / 1e9:.2f} GB" if memory else "-",
-                ", ".join(str(entry["seed"]) for entry in entries),
-            ]
-        )
-    return table([say(word) for word in ["lesson", "accuracy", "gap", "time", "peak memory", "seeds"]], rows)
+        memory = f"{max(memory) / 1e9:.2f} GB" if memory else "-"
+        rows.append([number, headline(entries, say), gap, time, memory, listed(e["seed"] for e in entries)])
+    return table(say("lesson | accuracy | gap | time | peak memory | seeds"), rows)
 
 
 def variants_table(entries, say):
@@ -158,7 +157,7 @@ def variants_table(entries, say):
         for name in ranking
     ]
     header = "schedule" if entries[0]["lesson"] == "04" else "variant"
-    return table([say(word) for word in [header, "validation accuracy", "gap", "behind the first"]], rows)
+    return table(say(f"{header} | validation accuracy | gap | behind the first"), rows)
 
 
 def rules_table(entries, say):
@@ -166,22 +165,13 @@ def rules_table(entries, say):
     rows = []
     for rule in entries[0]["arms"][""]["rules"]:
         found = [entry["arms"][""]["rules"][rule] for entry in entries]
-        stops = ", ".join(str(figures["stops_after"] or "-") for figures in found)
-        epochs = ", ".join(str(figures["best_epoch"]) for figures in found)
-        saved = ", ".join(str(figures["saved_epochs"]) for figures in found)
-        lost = ", ".join(f"{figures['lost_points']:.2f}" for figures in found)
-        metric, patience, min_delta = rule.split()
-        rows.append([f"`{metric}`", patience, min_delta, stops, epochs, saved, lost])
-    header = [
-        "metric",
-        "patience",
-        "min_delta",
-        "stops after epoch",
-        "best epoch",
-        "epochs saved",
-        "points lost",
-    ]
-    return table([say(word) for word in header], rows)
+        stops = listed(figures["stops_after"] or "-" for figures in found)
+        epochs, saved = (listed(figures[key] for figures in found) for key in ["best_epoch", "saved_epochs"])
+        metric, *settings = rule.split()
+        lost = listed([figures["lost_points"] for figures in found], 2)
+        rows.append([f"`{metric}`", *settings, stops, epochs, saved, lost])
+    header = "metric | patience | min_delta | stops after epoch | best epoch | epochs saved | points lost"
+    return table(say(header), rows)
 
 
 def clipping_run(danger, remedy):
@@ -192,11 +182,12 @@ def clipping_run(danger, remedy):
 def clipping_table(entries, say):
     """Return the table of lesson 09: validation accuracy in percent by danger and remedy, over the seeds."""
     accuracy = by_variant(entries, "val_accuracy")
-    rows = []
-    for danger in DANGERS:
-        cells = [mean_and_spread(accuracy[clipping_run(danger, remedy)], 1) for remedy in REMEDIES]
-        rows.append([f"`{danger}`", *cells])
-    return table([say("danger"), *REMEDIES], rows)
+    cells = {
+        danger: [mean_and_spread(accuracy[clipping_run(danger, remedy)], 1) for remedy in REMEDIES]
+        for danger in DANGERS
+    }
+    rows = [[f"`{danger}`", *row] for danger, row in cells.items()]
+    return table(" | ".join([say("danger"), *REMEDIES]), rows)
 
 
 def transfer_table(entries, say):
@@ -208,14 +199,14 @@ def transfer_table(entries, say):
         cells.setdefault(variant, {})[count] = mean_and_spread(draws, 1)
     rows = [[f"`{variant}`", *row.values()] for variant, row in cells.items()]
     counts = [say("{} images per class").format(count) for count in next(iter(cells.values()))]
-    return table([say("variant"), *counts], rows)
+    return table(" | ".join([say("variant"), *counts]), rows)
 
 
 def splits_table(entries, say):
     """Return the table of lesson 11: what validation promises and new scenes get, in percent, over the seeds."""
     val, test = by_variant(entries, "val_accuracy"), by_variant(entries, "test_accuracy")
     rows = [[f"`{split}`", mean_and_spread(val[split], 1), mean_and_spread(test[split], 1)] for split in val]
-    return table([say(word) for word in ["split", "validation", "test (new groups)"]], rows)
+    return table(say("split | validation | test (new groups)"), rows)
 
 
 def processes_table(report, say=ENGLISH):
@@ -224,8 +215,7 @@ def processes_table(report, say=ENGLISH):
     for way, figures in report["images_per_second"].items():
         ratio = f"{report['ratio'][way]['median']:.2f}"
         rows.append([*way.split(" x "), median_and_range(figures), ratio])
-    words = ["processes", "threads in each", "images per second", "ratio to the first row"]
-    return table([say(word) for word in words], rows)
+    return table(say("processes | threads in each | images per second | ratio to the first row"), rows)
 
 
 def throughput_table(report, say=ENGLISH):
@@ -234,7 +224,7 @@ def throughput_table(report, say=ENGLISH):
     for name, figures in report["images_per_second"].items():
         share = f"{report['share_of_arithmetic_limit'][name]['median']:.2f}"
         rows.append([say(name.replace("lesson", "this course")), median_and_range(figures), share])
-    return table(["", say("images per second"), say("share of the arithmetic limit")], rows)
+    return table(" | " + say("images per second | share of the arithmetic limit"), rows)
 
 
 def ratios_table(report, say=ENGLISH):
@@ -243,20 +233,20 @@ def ratios_table(report, say=ENGLISH):
         [say(name.replace("lesson", "this course")), median_and_range(figures, 2)]
         for name, figures in report["ratios"].items()
     ]
-    return table([say("ratio"), say("median (least to greatest)")], rows)
+    return table(say("ratio | median (least to greatest)"), rows)
 
 
 def time_table(report, say=ENGLISH):
     """Return the table of minutes to an accuracy, by way of training: the median and every seed."""
     rows = []
     for name, figures in report["ways"].items():
-        epochs = ", ".join(str(count) for count in figures["epochs"])
-        accuracy = say("{} %").format(", ".join(f"{value:.2f}" for value in figures["accuracy"]))
+        accuracy = say("{} %").format(listed(figures["accuracy"], 2))
         minutes, ratio = median_and_each(figures["minutes"]), median_and_range(figures["time_per_epoch"], 2)
-        rows.append([say(name.replace("lesson", "this course")), minutes, epochs, accuracy, ratio])
+        way = say(name.replace("lesson", "this course"))
+        rows.append([way, minutes, listed(figures["epochs"]), accuracy, ratio])
     to_goal = say("minutes to {} %").format(f"{report['goal']:g}")
-    last = [say(word) for word in ["epochs", "accuracy after them", "time for an epoch (ratio)"]]
-    return table([say("way"), to_goal, *last], rows)
+    others = say("epochs | accuracy after them | time for an epoch (ratio)")
+    return table(f"{say('way')} | {to_goal} | {others}", rows)
 
 
 def by_recipe(runs, metric):
@@ -272,31 +262,29 @@ def recipes_table(runs, say):
     rows, first = [], None
     for (name, _), accuracy in by_recipe(runs, "best_accuracy").items():
         difference = mean_and_spread([accuracy[seed] - first[seed] for seed in accuracy]) if first else ""
-        rows.append([say(name), mean_and_spread(list(accuracy.values())), difference])
+        rows.append([say(name), mean_and_spread(accuracy.values()), difference])
         first = first or accuracy
-    return table([say(word) for word in ["recipe", "validation accuracy", "difference"]], rows)
+    return table(say("recipe | validation accuracy | difference"), rows)
 
 
 def optimizers_table(runs, say=ENGLISH):
-    """Return the table of lesson 04's five epochs with other optimizers and schedules, by learning rate."""
-    seconds, rows = by_recipe(runs, "seconds"), []
-    for (name, lr), accuracy in by_recipe(runs, "best_accuracy").items():
-        seeds = ", ".join(str(seed) for seed in accuracy)
-        time = duration(seconds[name, lr].values(), say)
-        rows.append([say(name), f"{lr:g}", mean_and_spread(list(accuracy.values())), seeds, time])
-    header = ["optimizer and schedule", "learning rate", "validation accuracy", "seeds", "time"]
-    return table([say(word) for word in header], rows)
+    """Return the table of accuracy by recipe and learning rate, which recipes.py also prints."""
+    rows = [
+        [say(name), f"{lr:g}", mean_and_spread(accuracy.values()), listed(accuracy)]
+        for (name, lr), accuracy in by_recipe(runs, "best_accuracy").items()
+    ]
+    return table(say("recipe | learning rate | validation accuracy | seeds"), rows)
 
 
 def group_size_table(runs, say):
     """Return the table of accuracy after the last epoch by group size."""
     rows = []
     for (name, _), accuracy in by_recipe(runs, "last_accuracy").items():
-        values = list(accuracy.values())
-        error = statistics.stdev(values) / len(values) ** 0.5
-        mean, each = f"{statistics.mean(values):.2f}", ", ".join(f"{value:.2f}" for value in values)
-        rows.append([name.removeprefix("groups of "), say("{} %").format(mean), f"{error:.2f}", each])
-    return table([say(word) for word in ["images in a group", "mean", "standard error", "every seed"]], rows)
+        values = accuracy.values()
+        mean = say("{} %").format(f"{statistics.mean(values):.2f}")
+        error = f"{statistics.stdev(values) / len(values) ** 0.5:.2f}"
+        rows.append([name.removeprefix("groups of "), mean, error, listed(values, 2)])
+    return table(say("images in a group | mean | standard error | every seed"), rows)
 
 
 def measured_on(entries, say):
@@ -319,12 +307,8 @@ def run_table(entries, say):
 def build_tables():
     """Return what belongs between the markers, {name: (function, the measurements that it is given)}."""
     names = ["results", "throughput", "processes", "time_to_accuracy", "time_to_accuracy_6_epochs", "recipes"]
-    results, throughput, processes, times, times_6_epochs, recipes = (
-        read_json(ROOT / "docs" / f"{name}.json", []) for name in names
-    )
-    reports = [
-        [report] if report else [] for report in [processes, throughput, times]
-    ]  # each is of one machine
+    measured = [read_json(ROOT / "docs" / f"{name}.json", []) for name in names]
+    results, throughput, processes, times, times_6_epochs, recipes = measured
     groups = [run for run in recipes if run["recipe"].startswith("groups of")]
     optimizers = [run for run in recipes if run["recipe"].startswith(("SGD", "AdamW"))]
     recipes = [run for run in recipes if run not in groups + optimizers]
@@ -341,19 +325,18 @@ def build_tables():
         "transfer": (transfer_table, pick(results, "10")),
         "splits": (splits_table, pick(results, "11")),
         "processes": (processes_table, processes),
-        "processes machine": (measured_on, reports[0]),
+        "processes machine": (measured_on, processes and [processes]),
         "throughput": (throughput_table, throughput),
         "ratios": (ratios_table, throughput),
-        "throughput machine": (measured_on, reports[1]),
+        "throughput machine": (measured_on, throughput and [throughput]),
         "group size": (group_size_table, groups),
         "recipes": (recipes_table, recipes),
         "recipes machine": (measured_on, recipes),
         "time": (time_table, times),
         "time, 6 epochs": (time_table, times_6_epochs),
-        "time machine": (measured_on, reports[2]),
+        "time machine": (measured_on, times and [times]),
     }
-    for path in LESSONS.glob("[01]*.py"):  # on the page of a lesson
-        number = path.name[:2]
+    for number in PATHS:  # on the page of a lesson
         tables[f"run {number}"] = (run_table, pick(results, number))
         tables[f"machine {number}"] = (runs_on, pick(results, number))
     return results, tables
@@ -369,9 +352,8 @@ def fill(text, language):
         if name == "lessons":
             return begin + fill_lessons(old, results, say) + end
         function, measurements = tables[name]
-        return (
-            f"{begin}{function(measurements, say) if measurements else '...'}\n{end}"  # ...: not measured yet
-        )
+        new = function(measurements, say) if measurements else "..."  # not measured yet
+        return f"{begin}{new}\n{end}"
 
     markers = r"(<!-- table: (.*?) -->\n)(.*?)(<!-- end of table -->)"
     return re.sub(markers, write, text, flags=re.DOTALL)

@@ -10,13 +10,14 @@ The same network takes the same optimizer steps in each of these ways:
 - the lessons' own train_one_epoch(), without augmentation (lesson 02) and with it (lesson 05);
 - the ceiling: batches that lie ready in memory, normalized, as if loading cost nothing;
 - the usual way: torchvision's CIFAR10 dataset with a transform, which handles one image at a time, in a DataLoader
-  with 0 and with 2 worker processes. The network's weights keep PyTorch's default memory format, whereas the
-  lessons use channels-last. It is measured once more with pooling last in every block, as most tutorials have it;
+  with 0 and with 2 worker processes. The weights keep PyTorch's default memory format, whereas the lessons use
+  channels-last. It is measured once more with pooling last in every block, as most tutorials have it;
 - the arithmetic limit: the rate at which this machine multiplies large matrices, divided by the number of
   operations that an image takes.
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import torch
@@ -33,16 +34,6 @@ BATCH_SIZE = 128  # as in the lessons
 MATRIX_SIZE = 2048  # large enough to keep all cores busy
 MATRICES_PER_TASK = 10  # enough of them to take about a second
 
-LESSON = "lesson"
-LESSON_AUGMENTED = "lesson, augmented"
-CEILING = "ceiling: ready-made batches"
-USUAL = "usual way"
-USUAL_WORKERS = "usual way, 2 workers"
-USUAL_POOLING_LAST = "usual way, pooling last"
-USUAL_AUGMENTED = "usual way, augmented"
-USUAL_AUGMENTED_WORKERS = "usual way, augmented, 2 workers"
-MATRICES = "matrix multiplication"
-
 TO_TENSOR = [
     v2.ToImage(),
     v2.ToDtype(torch.float32, scale=True),
@@ -53,9 +44,9 @@ TO_TENSOR = [
 class InMemoryCIFAR10(CIFAR10):
     """torchvision's CIFAR10 dataset, with these images uint8 (N, 3, 32, 32) instead of those of the archive."""
 
-    def __init__(self, images, labels, transform):
+    def __init__(self, images, labels, transforms=TO_TENSOR):
         self.data, self.targets = images.permute(0, 2, 3, 1).numpy(), labels.tolist()
-        self.transform, self.target_transform = transform, None
+        self.transform, self.target_transform = v2.Compose(transforms), None
 
 
 def make_pooling_last(lesson):
@@ -106,14 +97,12 @@ def ceiling_task(lesson, images, labels):
     return lambda: train_batches(model, optimizer, batches)
 
 
-def usual_task(model, images, labels, transforms, workers):
+def usual_task(images, labels, model, transforms=TO_TENSOR, workers=0):
     """Return a function that trains the model for one epoch the usual way, with that many worker processes."""
     optimizer = make_optimizer(model)
-    dataset = InMemoryCIFAR10(images, labels, v2.Compose(transforms))
     # Workers that persist start once, before the first round, and not in every round, which favours this way.
-    loader = DataLoader(
-        dataset, BATCH_SIZE, shuffle=True, num_workers=workers, persistent_workers=workers > 0
-    )
+    more = {"num_workers": workers, "persistent_workers": workers > 0}
+    loader = DataLoader(InMemoryCIFAR10(images, labels, transforms), BATCH_SIZE, shuffle=True, **more)
     return lambda: train_batches(model, optimizer, loader)
 
 
@@ -124,20 +113,17 @@ def build_tasks(images, labels):
     *on_pictures, erasing = augmented.AUGMENTATION  # RandomErasing works on tensors only, so it comes last
     usual_augmentation = [*on_pictures, *TO_TENSOR, erasing]
     matrix = torch.randn(MATRIX_SIZE, MATRIX_SIZE)
-
-    def usual(transforms, workers, model=None):
-        return usual_task(model or plain.SimpleCNN(), images, labels, transforms, workers)
-
+    usual = functools.partial(usual_task, images, labels)
     return {
-        LESSON: lesson_task(plain, images, labels),
-        LESSON_AUGMENTED: lesson_task(augmented, images, labels, transform, 16),
-        CEILING: ceiling_task(plain, images, labels),
-        USUAL: usual(TO_TENSOR, 0),
-        USUAL_WORKERS: usual(TO_TENSOR, 2),
-        USUAL_POOLING_LAST: usual(TO_TENSOR, 0, make_pooling_last(plain)),
-        USUAL_AUGMENTED: usual(usual_augmentation, 0),
-        USUAL_AUGMENTED_WORKERS: usual(usual_augmentation, 2),
-        MATRICES: lambda: [matrix @ matrix for _ in range(MATRICES_PER_TASK)],
+        "lesson": lesson_task(plain, images, labels),
+        "lesson, augmented": lesson_task(augmented, images, labels, transform, 16),
+        "ceiling: ready-made batches": ceiling_task(plain, images, labels),
+        "usual way": usual(plain.SimpleCNN()),
+        "usual way, 2 workers": usual(plain.SimpleCNN(), workers=2),
+        "usual way, pooling last": usual(make_pooling_last(plain)),
+        "usual way, augmented": usual(plain.SimpleCNN(), usual_augmentation),
+        "usual way, augmented, 2 workers": usual(plain.SimpleCNN(), usual_augmentation, workers=2),
+        "matrix multiplication": lambda: [matrix @ matrix for _ in range(MATRICES_PER_TASK)],
     }
 
 
@@ -160,19 +146,20 @@ def compare(seconds, images):
     """
     operations = operations_per_image(load_lesson("02"))
     # The product of two matrices of n x n takes n^3 multiplications and n^3 additions.
-    matrix_rate = MATRICES_PER_TASK * 2 * MATRIX_SIZE**3 / seconds[MATRICES]
-    rates = {name: images / values for name, values in seconds.items() if name != MATRICES}
+    matrix_rate = MATRICES_PER_TASK * 2 * MATRIX_SIZE**3 / seconds["matrix multiplication"]
+    rates = {name: images / values for name, values in seconds.items() if name != "matrix multiplication"}
     shares = {name: values * operations / matrix_rate for name, values in rates.items()}
-    plain, augmented = rates[LESSON], rates[LESSON_AUGMENTED]
+    plain, augmented = rates["lesson"], rates["lesson, augmented"]
+    augmented_workers = rates["usual way, augmented, 2 workers"]
     ratios = {
-        "speed: lesson / ceiling": plain / rates[CEILING],
-        "speed: lesson / usual way": plain / rates[USUAL],
-        "speed: lesson / usual way, 2 workers": plain / rates[USUAL_WORKERS],
-        "speed: lesson / usual way, pooling last": plain / rates[USUAL_POOLING_LAST],
-        "speed, augmented: lesson / usual way": augmented / rates[USUAL_AUGMENTED],
-        "speed, augmented: lesson / usual way, 2 workers": augmented / rates[USUAL_AUGMENTED_WORKERS],
-        "time, lesson: augmented / plain": seconds[LESSON_AUGMENTED] / seconds[LESSON],
-        "time, usual way: augmented / plain": seconds[USUAL_AUGMENTED] / seconds[USUAL],
+        "speed: lesson / ceiling": plain / rates["ceiling: ready-made batches"],
+        "speed: lesson / usual way": plain / rates["usual way"],
+        "speed: lesson / usual way, 2 workers": plain / rates["usual way, 2 workers"],
+        "speed: lesson / usual way, pooling last": plain / rates["usual way, pooling last"],
+        "speed, augmented: lesson / usual way": augmented / rates["usual way, augmented"],
+        "speed, augmented: lesson / usual way, 2 workers": augmented / augmented_workers,
+        "time, lesson: augmented / plain": seconds["lesson, augmented"] / seconds["lesson"],
+        "time, usual way: augmented / plain": seconds["usual way, augmented"] / seconds["usual way"],
     }
     return {
         "operations_per_image": operations,
@@ -206,8 +193,7 @@ def main(argv=None):
     report = {"machine": describe_machine(), "data": "CIFAR-10" if args.data_dir else "random images"}
     report |= {"rounds": args.rounds, "images": args.images} | compare(seconds, args.images)
     print(throughput_table(report), ratios_table(report), sep="\n\n")
-    if args.json:
-        write_json(args.json, report)
+    write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -13,28 +13,17 @@ They train in turn, an epoch of one after an epoch of the other, so that a slow 
 alike. The time to the goal is the sum of a run's own epochs, up to the first one that reaches it.
 """
 
-import argparse
 import importlib.util
 import time
-from pathlib import Path
 
 import torch
-from common import ROOT, describe_machine, load_lesson, spread, write_json
+from common import describe_machine, load_lesson, make_parser, spread, write_json
 from tables import time_table
-from throughput import (
-    LESSON,
-    TO_TENSOR,
-    USUAL_POOLING_LAST,
-    InMemoryCIFAR10,
-    make_pooling_last,
-    train_batches,
-)
+from throughput import InMemoryCIFAR10, make_pooling_last, train_batches
 from torch import nn
 from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 from tqdm import tqdm
 
-KERAS = "Keras"
 LR, BATCH_SIZE = 0.05, 128  # as in lesson 04
 
 
@@ -50,44 +39,48 @@ def learning_rates(lesson, epochs):
     return rates
 
 
-def lesson_way(lesson, seed, train_set, val_set):
-    """Return a function of the learning rate that trains and validates as the lesson does. It returns percent."""
+def make_way(make_model, train_one_epoch, evaluate, seed, train_set, val_set):
+    """Return a function of the learning rate that trains and validates with lesson 04's seeds. It returns percent."""
     torch.manual_seed(seed)
     shuffle = torch.Generator().manual_seed(seed)
     train_loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, generator=shuffle)
     val_loader = DataLoader(val_set, batch_size=250)
-    model = lesson.SimpleCNN().to(memory_format=torch.channels_last)
+    model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
 
     def run(rate):
         optimizer.param_groups[0]["lr"] = rate
-        lesson.train_one_epoch(model, train_loader, nn.CrossEntropyLoss(), optimizer, "cpu")
-        return lesson.evaluate(model, val_loader, "cpu")[1]
+        train_one_epoch(model, optimizer, train_loader)
+        return evaluate(model, val_loader)
 
     return run
 
 
-def usual_way(lesson, seed, train_set, val_set):
-    """Return a function of the learning rate that trains and validates the usual way, and pools last."""
-    torch.manual_seed(seed)
-    shuffle = torch.Generator().manual_seed(seed)
-    train_set, val_set = [
-        InMemoryCIFAR10(*split.tensors, v2.Compose(TO_TENSOR)) for split in [train_set, val_set]
-    ]
-    train_loader = DataLoader(train_set, BATCH_SIZE, shuffle=True, generator=shuffle)
-    val_loader = DataLoader(val_set, batch_size=250)
-    model = make_pooling_last(lesson)
-    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+def lesson_way(lesson, *seed_and_sets):
+    """Return a function of the learning rate that trains and validates as the lesson does. It returns percent."""
 
-    def run(rate):
-        optimizer.param_groups[0]["lr"] = rate
-        train_batches(model, optimizer, train_loader)
+    def train_one_epoch(model, optimizer, loader):
+        lesson.train_one_epoch(model, loader, nn.CrossEntropyLoss(), optimizer, "cpu")
+
+    def make_model():
+        return lesson.SimpleCNN().to(memory_format=torch.channels_last)
+
+    return make_way(
+        make_model, train_one_epoch, lambda *args: lesson.evaluate(*args, "cpu")[1], *seed_and_sets
+    )
+
+
+def usual_way(lesson, seed, *sets):
+    """Return a function of the learning rate that trains and validates the usual way, and pools last."""
+
+    def evaluate(model, loader):
         model.eval()
         with torch.no_grad():
-            correct = sum((model(x).argmax(dim=1) == y).sum().item() for x, y in val_loader)
-        return 100 * correct / len(val_set)
+            correct = sum((model(x).argmax(dim=1) == y).sum().item() for x, y in loader)
+        return 100 * correct / len(loader.dataset)
 
-    return run
+    sets = [InMemoryCIFAR10(*one.tensors) for one in sets]
+    return make_way(lambda: make_pooling_last(lesson), train_batches, evaluate, seed, *sets)
 
 
 def keras_way(lesson, seed, train_set, val_set):
@@ -148,7 +141,7 @@ def summarize(runs, goal):
     summary = {}
     for name in next(iter(runs.values())):
         of_seeds = [run[name] for run in runs.values()]
-        pairs = [zip(run[name], run[LESSON], strict=False) for run in runs.values()]
+        pairs = [zip(run[name], run["lesson"], strict=False) for run in runs.values()]
         ratios = torch.tensor([own[0] / lesson[0] for pair in pairs for own, lesson in pair])
         summary[name] = {
             "minutes": [sum(s for s, _ in own) / 60 if own[-1][1] >= goal else None for own in of_seeds],
@@ -162,25 +155,21 @@ def summarize(runs, goal):
 
 def build_parser():
     """Return the parser of this command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = make_parser()
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[42, 43, 44], help="one run of each way for each of them")
     add("--goal", type=float, default=75.0, help="validation accuracy in percent")
     add("--epochs", type=int, default=5, help="as in lesson 04")
     add("--subset", type=int, default=50_000, help="as in lesson 04")
-    add("--data", default="cifar10", help="as in lesson 04")
-    add("--data-dir", type=Path, default=ROOT / "data", help="as in lesson 04")
-    add("--data-name", default="CIFAR-10", help="what the tables call the data")
-    add("--json", type=Path, metavar="PATH", help="write the measurements to this file")
     return parser
 
 
 def main(argv=None):
     args = build_parser().parse_args(argv)
     lesson = load_lesson("04")
-    ways = {LESSON: lesson_way, USUAL_POOLING_LAST: usual_way}
+    ways = {"lesson": lesson_way, "usual way, pooling last": usual_way}
     if importlib.util.find_spec("keras"):
-        ways[KERAS] = keras_way
+        ways["Keras"] = keras_way
     else:
         print("Keras is not installed, so it is left out.")
     images, labels, *_ = lesson.load_data(args.data, args.data_dir, train=True)
@@ -193,8 +182,7 @@ def main(argv=None):
     report = {"machine": describe_machine(), "data": args.data_name, "goal": args.goal, "seeds": args.seeds}
     report["ways"] = summarize(runs, args.goal)
     print(time_table(report))
-    if args.json:
-        write_json(args.json, report)
+    write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -282,6 +282,7 @@ def meeting_place():
     return {"store": store, "rank": rank, "world_size": processes}
 
 
+# NEW in 12: continue after a crash, without being told to
 def find_checkpoint(args, folder):
     """Return the checkpoint to continue from, or None for a new run.
 
@@ -292,6 +293,7 @@ def find_checkpoint(args, folder):
     return load_checkpoint(latest) if args.resume or (is_restart(folder) and latest.exists()) else None
 
 
+# NEW in 12: a run remembers its torchrun
 def begin_run(args, folder):
     """Create the folder of a new run, and note which start of torchrun it belongs to."""
     if not is_restart(folder):
@@ -300,6 +302,7 @@ def begin_run(args, folder):
             (folder / "torchrun_id.txt").write_text(os.environ["TORCHELASTIC_RUN_ID"])
 
 
+# NEW in 12: a restart is not a new run
 def is_restart(folder):
     """Return whether torchrun has started this run again, and not a new one beside an earlier one."""
     restarted, note = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", folder / "torchrun_id.txt"
