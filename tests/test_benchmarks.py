@@ -248,14 +248,15 @@ def test_results_are_kept_and_not_run_again(launch, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["latest_checkpoint.pth", "other.pth"])
 def test_a_stopped_run_resumes_from_its_checkpoint_if_it_has_one(launch, monkeypatch, tmp_path, name):
-    checkpoints = tmp_path / "04_lr_scheduler_seed_42" / "artifacts" / "checkpoints"
-    checkpoint = checkpoints / "04_lr_scheduler" / "StepLR" / name
+    checkpoints = tmp_path / "08_early_stopping_seed_42" / "artifacts" / "checkpoints"
+    checkpoint = checkpoints / "08_early_stopping" / name
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results.json")
-    monkeypatch.setattr(results, "SEEDS", {"04": 1})
+    monkeypatch.setattr(results, "SEEDS", {"08": 1})
     monkeypatch.setattr(results, "collect", lambda number, folder: {})
-    [call] = launch(results, "--lessons", "04", "--work-dir", tmp_path)
+    [call] = launch(results, "--lessons", "08", "--work-dir", tmp_path)
+    assert " --run-all-epochs" in call, "its rules need them"
     resumed = name == "latest_checkpoint.pth"
     assert call.endswith(" --resume") == checkpoint.exists() == resumed
     [entry] = common.read_json(results.RESULTS)
@@ -367,7 +368,7 @@ def test_tables_go_between_their_own_markers_in_the_guides_language(monkeypatch,
     row = "| 02_a | 74 s | 75.2 ± 1.0 % on validation images |"
     for name, *contents in [
         ("machine 02", en, zh),
-        ("lessons", row, row.replace(" s ", " 秒 ").replace(" % on validation images", "%（验证图片）")),
+        ("lessons", row, row.replace(" s ", " 秒 ").replace(" % on validation images", "%（验证集）")),
         ("time machine", "...", "..."),  # not measured yet
     ]:
         text = f"a\n<!-- table: {name} -->\n{{}}\n<!-- end of table -->\nb\n"
@@ -453,7 +454,7 @@ def test_runs_of_recipes_are_kept_and_not_repeated(monkeypatch, tmp_path, capsys
     recipes.main([*flags, "--seeds", "1", "2"])
     recipes.main([*flags, "AdamW, cosine", "--seeds", "1", "--lr", "0.1", "0.3"])
     assert seen == [(0.1, 3, 1), (0.1, 3, 2), (0.3, 3, 1), (0.1, 3, 1), (0.3, 3, 1)]
-    assert "| AdamW, cosine | 0.3 | 70.00 | 1 | - |" in capsys.readouterr().out
+    assert "| AdamW, cosine | 0.3 | 70.00 | 1 |" in capsys.readouterr().out
     runs = [("AdamW, cosine", 0.1, 1), ("AdamW, cosine", 0.3, 1)]
     runs += [("no warm-up", lr, seed) for lr, seed in [(0.1, 1), (0.1, 2), (0.3, 1)]]
     assert [(run["recipe"], run["lr"], run["seed"]) for run in common.read_json(path)] == runs
