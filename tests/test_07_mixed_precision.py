@@ -114,7 +114,7 @@ def run(tmp_path_factory):
         draw_nothing(patch, [lesson])
         patch.setattr(lesson, "MAX_NORM", 0.5)  # less than most norms, so that clipping matters
         patch.setattr(lesson, "time", SimpleNamespace(perf_counter=clock.__next__, strftime=time.strftime))
-        for name in ["train", "train_one_epoch", "evaluate"]:
+        for name in ["train", "train_one_epoch", "evaluate", "print_rounding"]:
             patch.setattr(lesson, name, note_calls(getattr(lesson, name), calls.setdefault(name, [])))
         flags = ["--subset", 40, "--batch-size", 16, "--epochs", 2, "--precisions", *NAMES]
         output = run_lesson(lesson, folder, *flags)
@@ -152,7 +152,7 @@ def test_float32_is_plain_training(run):
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
     loader = DataLoader(train_set, 16, shuffle=True, generator=torch.Generator().manual_seed(42))
     for lr, row in zip([0.05, 0.025], run.histories["float32"], strict=True):
-        optimizer.param_groups[0]["lr"] = row["LearningRate"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         model.train()
         answers = []
         for images, labels in loader:
@@ -186,9 +186,8 @@ def test_tensorboard_has_the_history_of_every_precision(run):
         curves = read_scalars(folder)
         assert curves.keys() == history[0].keys() and "PeakMemoryMB" not in curves
         for key, points in curves.items():
-            assert points == [
-                (i, pytest.approx(row[key], rel=1e-5)) for i, row in enumerate(history, start=1)
-            ]
+            values = [row[key] for row in history]
+            assert points == [(i, pytest.approx(value, rel=1e-5)) for i, value in enumerate(values, start=1)]
         for i, row in enumerate(history):
             assert row["Seconds"] == TRAIN[name][i] and row["LearningRate"] == [0.05, 0.025][i]
             assert row["ImagesPerSecond/train"] == 40 / TRAIN[name][i]
@@ -198,8 +197,7 @@ def test_tensorboard_has_the_history_of_every_precision(run):
 
 def test_printed_speeds_are_medians_and_ratios_those_of_the_same_epoch(run):
     """More than 1 is faster than the first precision."""
-    assert (
-        """
+    lines = """
   train float32      1,920 images/s, 1.00 (1.00 to 1.00) times float32
   train bfloat16     1,920 images/s, 1.25 (0.50 to 2.00) times float32
   train float16        640 images/s, 0.38 (0.25 to 0.50) times float32
@@ -208,8 +206,7 @@ def test_printed_speeds_are_medians_and_ratios_those_of_the_same_epoch(run):
   val   float16      2,560 images/s, 4.00 (4.00 to 4.00) times float32
 Rounding in one step on 16 images with learning rate 0.05:
 """
-        in run.output
-    )
+    assert lines in run.output
 
 
 def test_the_output_begins_with_the_processor_and_ends_with_the_ranking(run):
@@ -223,6 +220,8 @@ def test_the_rounding_is_that_of_the_first_precision_on_the_first_batch(run, les
     train_set, _ = lesson.split_train_val(images, labels, 42, 40)
     lesson.print_rounding(run.models["float32"], *train_set[:16], "cpu", 0.05)
     assert capsys.readouterr().out in run.output
+    [((model, *_), _)] = run.calls["print_rounding"]
+    assert model is run.models["float32"]
 
 
 def test_the_printed_shares_of_rounding_are_counted_right(lesson, images, capsys):

@@ -183,10 +183,8 @@ def test_all_runs_start_from_the_same_weights_and_see_the_same_batches(run):
     for (danger, _), this in run.runs.items():
         model, has_batch_norm = this.epochs[0].model, danger.startswith("BatchNorm")
         assert torch.equal(this.epochs[0].weights, first.setdefault(has_batch_norm, this.epochs[0].weights))
-        assert all(
-            isinstance(norm, nn.BatchNorm2d) == has_batch_norm for norm in [model.bn1, model.bn2, model.bn3]
-        )
-        assert all((conv.bias is None) == has_batch_norm for conv in [model.conv1, model.conv2, model.conv3])
+        for conv, norm in [(model.conv1, model.bn1), (model.conv2, model.bn2), (model.conv3, model.bn3)]:
+            assert isinstance(norm, nn.BatchNorm2d) == (conv.bias is None) == has_batch_norm
         assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last), "faster on CPUs"
 
 

@@ -148,6 +148,10 @@ def test_metrics_are_weighted_by_images(lesson, images):
     assert lesson.train_one_epoch(model, loader, nn.CrossEntropyLoss(), optimizer, "cpu") == expected
     result = lesson.evaluate(model.train(), loader, "cpu")
     assert result == by_hand(model.eval())
+    pixels = images.tensors[0]
+    answers = model(lesson.normalize(pixels)).argmax(dim=1)
+    answers[10:] += 1  # now half of the 20 answers are wrong
+    assert lesson.evaluate(model, DataLoader(TensorDataset(pixels, answers), 8), "cpu")[1] == 50
 
 
 # Pretraining
@@ -171,6 +175,7 @@ def test_pretraining_is_training_on_a_cosine_of_which_the_best_epoch_is_kept(les
     assert curves["Accuracy/val"] == [(1, 30), (2, 50), (3, 50), (4, 40)]
     assert curves["Seconds"] == [(1, 1), (2, 1), (3, 1), (4, 1)]
     assert curves["LearningRate"][2] == (3, pytest.approx(0.015))
+    assert curves["Overfitting/accuracy_gap"][0][1] == pytest.approx(curves["Accuracy/train"][0][1] - 30)
 
 
 def test_a_loss_that_is_not_finite_gets_one_sentence(lesson, tmp_path, monkeypatch):
@@ -259,6 +264,8 @@ def test_old_and_new_classes_are_disjoint_halves_with_labels_from_0(run):
 
 def test_table_file_and_curves_have_the_accuracies_of_all_draws(run):
     """The deviation is that of a sample, divided by one less than the number of draws."""
+    assert "\nPretraining on the old classes: 0, 1, 2, 3, 4\n" in run.output
+    assert "\nTransfer to the new classes: 5, 6, 7, 8, 9\n" in run.output
     table = run.output[run.output.index("Test accuracy") :].splitlines()
     assert table[0] == "Test accuracy in percent, mean +- standard deviation of 3 draws"
     assert [line.split() for line in table[1:4]] == [

@@ -108,7 +108,7 @@ def test_pictures_with_transparency_or_16_bits_look_as_in_a_viewer(lesson, tmp_p
     hidden.save(tmp_path / "hidden.png")
     image = lesson.read_picture(tmp_path / "hidden.png")
     assert image[:, 8, 16].tolist() == [0, 0, 90] and image[:, 24, 16].tolist() == [255, 255, 255]
-    for kind, value in [(np.uint16, 128 * 257), (np.uint8, 128)]:
+    for kind, value in [(np.uint16, 128 * 257 + 90), (np.uint8, 128)]:
         Image.fromarray(np.full((40, 50), value, dtype=kind)).save(tmp_path / "gray.png")
         assert set(lesson.read_picture(tmp_path / "gray.png").flatten().tolist()) == {128}
     Image.fromarray(np.full((40, 50), 0.5, dtype=np.float32)).save(tmp_path / "depths.tiff")
@@ -387,6 +387,8 @@ def test_training_is_sgd_with_momentum_on_normalized_images(lesson, images, tmp_
     [run] = (tmp_path / "tensor_board" / NAME / "by_group").iterdir()
     for name, value in expected.items():
         assert read_scalars(run)[name] == [(1, pytest.approx(float(value), rel=1e-4))], name
+    [(_, gap)] = read_scalars(run)["Overfitting/accuracy_gap"]
+    assert gap == pytest.approx(float(expected["Accuracy/train"] - expected["Accuracy/val"]), abs=1e-4)
 
 
 def test_printed_accuracies_are_those_of_the_best_models(lesson, digits):

@@ -161,6 +161,7 @@ def test_validation_counts_every_image_once(lesson, two_processes, tmp_path):
     accuracy = 100 * (logits.argmax(dim=1) == labels).double().mean().item()
     assert row["Accuracy/val"] == pytest.approx(accuracy)
     assert row["Loss/val"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert row["Overfitting/accuracy_gap"] == row["Accuracy/train"] - row["Accuracy/val"]
     assert row["ImagesPerSecond"] == pytest.approx((IMAGES + 1) / row["Seconds"]), "one image comes twice"
 
 
@@ -182,8 +183,6 @@ def test_a_killed_process_costs_one_epoch_and_changes_nothing(two_processes):
         paths = [folder_of(folder) / name for folder in [two_processes.killed, two_processes.undisturbed]]
         assert_same_state(*map(load, paths))
     assert len(latest(two_processes.killed)["history"]) == 3
-    [run] = (two_processes.killed / "tensor_board" / "12_distributed").iterdir()
-    assert [step for step, _ in read_scalars(run)["Accuracy/val"]] == [1, 2, 3]
 
 
 @UNIX
@@ -240,17 +239,25 @@ def test_a_start_continues_or_replaces_no_other_run(lesson, tmp_path, monkeypatc
     assert latest(tmp_path)["hyperparameters"]["seed"] == 1
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(lesson, tmp_path):
-    """It may have more epochs, and keeps its settings."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = ["--subset", 70, "--batch-size", 32, "--lr", 0.03, "--seed", 3, "--epochs"]
-    run_lesson(lesson, whole, *flags, 3)
-    run_lesson(lesson, parts, *flags, 1)
-    resume(lesson, parts, "--data", "digits", "--epochs", 3)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(lesson, tmp_path, monkeypatch):
+    """Here it is stopped when epoch 2 is logged, but not saved. The curve has no point twice."""
+    whole, parts, save = tmp_path / "whole", tmp_path / "parts", lesson.save_checkpoint
+    flags = ["--subset", 70, "--batch-size", 32, "--lr", 0.03, "--seed", 3, "--epochs", 3]
+
+    def save_or_stop(checkpoint, path):
+        if len(checkpoint["history"]) == 2:
+            raise KeyboardInterrupt
+        save(checkpoint, path)
+
+    run_lesson(lesson, whole, *flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lesson, "save_checkpoint", save_or_stop)
+        run_lesson(lesson, parts, *flags)
+    resume(lesson, parts, "--data", "digits")
     for name in ["latest_checkpoint.pth", "best_model.pth"]:
-        one, other = (load(folder_of(folder) / name) for folder in [whole, parts])
-        one["hyperparameters"]["epochs"] = other["hyperparameters"]["epochs"]  # of the best model, 1 or 3
-        assert_same_state(one, other)
+        assert_same_state(*(load(folder_of(folder) / name) for folder in [whole, parts]))
+    [run] = (parts / "tensor_board" / "12_distributed").iterdir()
+    assert [step for step, _ in read_scalars(run)["Accuracy/val"]] == [1, 2, 3]
 
 
 def test_a_resumed_run_keeps_its_settings_and_its_data(lesson, tmp_path, monkeypatch, capsys):
