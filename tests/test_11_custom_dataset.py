@@ -275,7 +275,7 @@ def test_the_split_keeps_groups_together_where_it_promises_to(lesson):
     for name, parts in splits.items():
         assert sorted(np.concatenate(parts)) == list(range(200))
         for part, share in zip(parts, [0.6, 0.2, 0.2], strict=True):
-            assert len(part) == pytest.approx(200 * share, abs=8)
+            assert len(part) == pytest.approx(200 * share, abs=4)
             assert labels[part].mean() == pytest.approx(0.5, abs=0.06), "as many cats as dogs"
         train, val, test = (set(groups[part]) for part in parts)
         assert not test & (train | val)
@@ -295,7 +295,8 @@ def test_the_made_folder_has_every_kind_of_picture(digits):
     for path in digits.pictures.rglob("*.*"):
         with Image.open(path) as picture:
             kinds[picture.mode, picture.getexif().get(ORIENTATION, 1)] += 1
-    assert set(kinds) == {("RGB", 1), ("RGB", 3), ("RGB", 6), ("RGB", 8), ("L", 1)} and kinds.total() == 201
+    assert set(kinds) == {("RGB", 1), ("RGB", 3), ("RGB", 6), ("RGB", 8), ("L", 1)}
+    assert kinds.total() == 201 and kinds["L", 1] < 70 < kinds["RGB", 1]
     assert "50 groups, 50 of them with more than one picture\n" in digits.output
     copy, broken = re.findall(r"left out: (.*)", digits.output)
     assert copy == f"{digits.pictures / '0' / 'copy.jpg'} is a copy of another file"
