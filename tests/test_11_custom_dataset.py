@@ -379,7 +379,7 @@ def test_training_is_sgd_with_momentum_on_normalized_images(lesson, images, tmp_
         loss += F.cross_entropy(logits, labels, reduction="sum").item() / 20
         correct += (logits.argmax(dim=1) == labels).sum().item()
     for name, weights in model.state_dict().items():
-        assert torch.allclose(best.state_dict()[name], weights, atol=1e-5), name
+        assert torch.allclose(best.state_dict()[name], weights, atol=5e-4), name
     assert best.conv1.weight.is_contiguous(memory_format=torch.channels_last), "faster on CPUs"
     batch, labels = images.tensors
     logits = model.eval()((batch / 255 - mean) / std)

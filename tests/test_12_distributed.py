@@ -143,9 +143,9 @@ def test_two_processes_do_what_one_does(lesson, two_processes, tmp_path, monkeyp
             rows[-1]["Accuracy/train"] += (logits.argmax(dim=1) == labels[batch]).sum().item() / 1.6
     for checkpoint in [latest(tmp_path), latest(two_processes.plain)]:
         for name, weights in model.state_dict().items():
-            assert torch.allclose(checkpoint["model"][name], weights, atol=1e-5), name
+            assert torch.allclose(checkpoint["model"][name], weights, atol=5e-4), name
         for row, expected in zip(checkpoint["history"], rows, strict=True):
-            assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+            assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3)
 
 
 @UNIX

@@ -369,10 +369,7 @@ def load_data(name, data_dir, train):
 def describe_processor(device):
     """Return the name of the processor, and whether it has instructions for bfloat16."""
     if torch.device(device).type == "cuda":
-        has_bfloat16 = torch.cuda.get_device_capability(device) >= (
-            8,
-            0,
-        )  # NVIDIA's Ampere, of 2020, or newer
+        has_bfloat16 = torch.cuda.get_device_capability(device)[0] >= 8  # NVIDIA's Ampere (2020) or newer
         return f"{torch.cuda.get_device_name(device)} | instructions for bfloat16: {has_bfloat16}"
     if device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # which PyTorch 2.10 lacks
         return "Instructions for bfloat16: unknown"
