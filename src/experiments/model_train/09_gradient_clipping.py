@@ -91,9 +91,9 @@ def clip_gradients(parameters, clipping, limit):
 
 
 def train_one_epoch(model, loader, loss_fn, optimizer, device, factor, clipping, limit):
-    """Train on every batch once. Return the mean loss, the accuracy (in percent), and what was measured:
+    """Train on every batch once. Return the mean loss and the accuracy (in percent) over all images.
 
-    the norm of the gradients in every step (steps,), and a sample of their absolute values (steps, M).
+    Of the gradients in every step, return the norm (steps,) and a sample of the absolute values (steps, M).
     """
     model.train()  # BatchNorm and dropout behave differently in training and in use: see lesson 02
     parameters = list(model.parameters())  # a list, because the generator parameters() can be used only once
@@ -217,7 +217,7 @@ def choose_limits(norms, values, quantiles):
     Return the remedies as {name: (clipping, limit)}. The limits at the 90 % quantiles clip the largest 10 %:
     of the steps, if clipped by norm, and of the single numbers, if clipped by value.
     """
-    values = values[values != 0]  # where a ReLU passes nothing, gradients are 0, and no measure of the others
+    values = values[values != 0]  # it is 0 where a ReLU passes nothing, however large the others are
     print(f"Gradients of the {len(norms)} steps when nothing is wrong:")
     remedies = {}
     for clipping, measured in [("norm", norms), ("value", values)]:
