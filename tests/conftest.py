@@ -121,6 +121,16 @@ def checkpoints_of(lesson, output_dir):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.pth"))}
 
 
+def flatten(model):
+    """Return a copy of the parameters as one vector."""
+    return torch.cat([weight.detach().flatten() for weight in model.parameters()])
+
+
+def contents(folder):
+    """Return all files below a folder, {path: content}."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def parser_of(lesson):
     """Return the parser that a lesson's parse_args() makes."""
     made = []

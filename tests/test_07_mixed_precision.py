@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import load_lesson, read_scalars
-from conftest import draw_nothing, run_lesson, use_results
+from conftest import draw_nothing, flatten, run_lesson, use_results
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,11 +18,6 @@ NAMES = ["float32", "bfloat16", "float16"]
 @pytest.fixture
 def lesson(lessons):
     return lessons["07"]
-
-
-def flatten(model):
-    """Return a copy of the parameters as one vector."""
-    return torch.cat([weight.detach().flatten() for weight in model.parameters()])
 
 
 def one_step(lesson, images, dtype, loss_fn, scale=65_536.0, lr=0.1):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import load_lesson, read_scalars
-from conftest import assert_same_state, draw_nothing, load_quick_lesson, run_lesson
+from conftest import assert_same_state, draw_nothing, flatten, load_quick_lesson, run_lesson
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,11 +20,6 @@ FLAGS = ["--subset", 24, "--batch-size", 8, "--epochs", 2, "--quantiles", 50, 90
 @pytest.fixture
 def lesson(lessons):
     return lessons["09"]
-
-
-def flatten(model):
-    """Return a copy of the parameters as one vector."""
-    return torch.cat([weight.detach().flatten() for weight in model.parameters()])
 
 
 # One step

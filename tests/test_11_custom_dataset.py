@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import read_scalars
-from conftest import PATHS, assert_same_state, load, run_lesson
+from conftest import PATHS, assert_same_state, contents, load, run_lesson
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -55,10 +55,6 @@ def paint(folder, classes, groups=6):
 
 def model_path(folder):
     return folder / "artifacts" / "checkpoints" / NAME / "best_model.pth"
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")

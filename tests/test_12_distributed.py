@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import read_scalars
-from conftest import ROOT, UNIX, assert_same_state, in_background, load, resume, run_lesson
+from conftest import ROOT, UNIX, assert_same_state, contents, in_background, load, resume, run_lesson
 from torch import nn
 
 IMAGES = 131  # of each split: two processes cannot share an odd number evenly
@@ -78,10 +78,6 @@ def folder_of(output_dir):
 
 def latest(output_dir):
     return load(folder_of(output_dir) / "latest_checkpoint.pth")
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @in_background

@@ -182,11 +182,10 @@ def clipping_run(danger, remedy):
 def clipping_table(entries, say):
     """Return the table of lesson 09: validation accuracy in percent by danger and remedy, over the seeds."""
     accuracy = by_variant(entries, "val_accuracy")
-    cells = {
-        danger: [mean_and_spread(accuracy[clipping_run(danger, remedy)], 1) for remedy in REMEDIES]
-        for danger in DANGERS
-    }
-    rows = [[f"`{danger}`", *row] for danger, row in cells.items()]
+    rows = []
+    for danger in DANGERS:
+        cells = [mean_and_spread(accuracy[clipping_run(danger, remedy)], 1) for remedy in REMEDIES]
+        rows.append([f"`{danger}`", *cells])
     return table(" | ".join([say("danger"), *REMEDIES]), rows)
 
 
